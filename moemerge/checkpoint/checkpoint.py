@@ -1,0 +1,182 @@
+"""A checkpoint as its family sees it: every tensor in exactly one role.
+
+Opened from headers alone, so all of this works before weights are downloaded.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moemerge.checkpoint.family import Family, RoutedLayer, Settings, effective_step, find_family
+from moemerge.checkpoint.headers import FLOAT_DTYPES, StoredTensor
+from moemerge.checkpoint.match import MatchedTensors, match_tensors
+from moemerge.checkpoint.repository import Repository, read_json
+from moemerge.checkpoint.settings import read_settings
+from moemerge.checkpoint.weights import find_quantised, read_weight_headers
+from moemerge.errors import Finding, UnsupportedCheckpoint, raise_findings
+
+Parts = dict[str, StoredTensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One model: its family, settings and the place of every tensor.
+
+    Attributes:
+        label: How messages name it: path or repository.
+        family: Its description.
+        settings: Canonical settings, complete.
+        config: `config.json` as found.
+        layout: Name of the expert layout found on disk.
+        tensors: Non-expert tensors by role; a tied head is absent.
+        experts: Parts by (layer index, slot).
+        routed_layers: Layers with experts.
+        dropped: Names that are in the files and deliberately not kept, with the reason.
+        repository: Where its files are.
+        findings: Warnings and notes.
+    """
+
+    label: str
+    family: Family
+    settings: Settings
+    config: dict[str, Any]
+    layout: str
+    tensors: dict[str, StoredTensor]
+    experts: dict[tuple[int, int], Parts]
+    routed_layers: list[RoutedLayer]
+    dropped: dict[str, str]
+    repository: Repository
+    findings: tuple[Finding, ...]
+
+    @property
+    def num_experts(self) -> int:
+        """Slots per routed layer, E."""
+        return int(self.settings["num_experts"] or 0)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        return sum(part.nbytes for parts in self.experts.values() for part in parts.values())
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of all non-expert tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the weights can be read without a download."""
+        return all(tensor.is_local for tensor in self.tensors.values())
+
+    def dtype_bytes(self) -> dict[str, int]:
+        """Bytes per stored dtype, largest first."""
+        totals: dict[str, int] = {}
+        parts = [part for parts in self.experts.values() for part in parts.values()]
+        for tensor in [*self.tensors.values(), *parts]:
+            totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.nbytes
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def open_checkpoint(repository: Repository) -> Checkpoint:
+    """Read configuration and headers, and account for every tensor.
+
+    Raises:
+        IncompatibleInputs: With every finding: settings, unknown or missing tensors, shapes.
+        UnsupportedCheckpoint: A kind of checkpoint that is not read.
+        NotFound, DamagedInput: Files missing or damaged.
+    """
+    if "config.json" not in repository.files():
+        # Kinds that have no config.json have a message of their own.
+        read_weight_headers(repository)
+        raise UnsupportedCheckpoint(
+            f"{repository.label}: not a checkpoint: it has weights but no config.json"
+        )
+    config = read_json(repository, "config.json")
+    where = f"{repository.label}/config.json"
+    _refuse_quantised_config(config, repository, where)
+    family = find_family(config.get("model_type"), where)
+    settings, findings = read_settings(config, family, where)
+    raise_findings(findings, f"{repository.label} cannot be read as {family.title}")
+    stored = read_weight_headers(repository)
+    findings += find_quantised(stored, repository.label)
+    raise_findings(findings, f"{repository.label} cannot be consolidated")
+    matched = match_tensors(stored, family, settings, repository.label)
+    findings += matched.findings
+    findings += _check_dtypes(matched, repository.label)
+    findings += _check_sparse_steps(family, settings, config, where)
+    raise_findings(findings, f"{repository.label} does not match family {family.model_type}")
+    return Checkpoint(
+        label=repository.label,
+        family=family,
+        settings={**settings, "tied_head": "head" not in matched.tensors},
+        config=config,
+        layout=matched.layout,
+        tensors=matched.tensors,
+        experts=matched.experts,
+        routed_layers=family.routed_layers(settings),
+        dropped=matched.dropped,
+        repository=repository,
+        findings=tuple(findings),
+    )
+
+
+def _refuse_quantised_config(config: dict[str, Any], repository: Repository, where: str) -> None:
+    quantisation = config.get("quantization_config") or config.get("compression_config")
+    if not quantisation and "quantize_config.json" not in repository.files():
+        return
+    method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "GPTQ"
+    found = f"quantised by {method}"
+    raise UnsupportedCheckpoint(
+        f"{where}: {found}; use the unquantised repository",
+        [
+            Finding(
+                level="error",
+                code="QUANTISED",
+                where=where,
+                found=found,
+                fix="Use the unquantised repository",
+            )
+        ],
+    )
+
+
+def _check_dtypes(matched: MatchedTensors, where: str) -> list[Finding]:
+    parts = [part for parts in matched.experts.values() for part in parts.values()]
+    wrong = [t for t in [*matched.tensors.values(), *parts] if t.dtype not in FLOAT_DTYPES]
+    if not wrong:
+        return []
+    return [
+        Finding(
+            level="error",
+            code="DTYPE",
+            where=where,
+            found=f"{len(wrong)} tensors are not floating point; first {wrong[0].name} ({wrong[0].dtype})",
+            expected=", ".join(FLOAT_DTYPES),
+        )
+    ]
+
+
+def _check_sparse_steps(
+    family: Family, settings: Settings, config: dict[str, Any], where: str
+) -> list[Finding]:
+    """Explicit steps and counts of sparse layers may contradict each other; the step decides."""
+    findings = []
+    for stack in family.stacks:
+        step_key, count_key = stack.routed.step, stack.routed.count
+        if not step_key or not count_key or not (step_key in config and count_key in config):
+            continue
+        layers = [layer for layer in family.routed_layers(settings) if layer.stack == stack.name]
+        if len(layers) != settings[count_key]:
+            step = effective_step(stack, settings)
+            found = (
+                f"{step_key} = {step} makes {len(layers)} sparse layers, {count_key} = {settings[count_key]}"
+            )
+            findings.append(
+                Finding(
+                    level="error",
+                    code="CONFIG_CONTRADICTS",
+                    where=where,
+                    found=found,
+                    fix="Keep the key that agrees with the tensors",
+                )
+            )
+    return findings

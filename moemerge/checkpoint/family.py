@@ -1,0 +1,246 @@
+"""Family descriptions: what an architecture's config keys and tensor names mean.
+
+A family is one JSON file beside this module. Only this module, those files and `models/` know
+model types; an `if model_type ==` anywhere else means that the description lacks a field.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moemerge.errors import Finding, UnsupportedCheckpoint
+
+Setting = int | float | str | bool | None
+Settings = dict[str, Setting]
+
+
+class _Described(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SettingRule(_Described):
+    """Where one setting stands in `config.json` and how it may differ between variants.
+
+    Attributes:
+        keys: Aliases, dots for nesting; where two are present they must agree.
+        default: Value of the reference implementation's class when no key is present.
+        default_from: Setting to copy, or numerator and denominator settings.
+        allowed: Values moemerge computes; a mapping also renames them.
+        variants: `equal` must agree between variants, `warn` and `free` may differ.
+    """
+
+    keys: list[str]
+    kind: Literal["integer", "number", "string", "boolean"]
+    symbol: str | None = None
+    default: Setting = None
+    default_from: list[str] | None = None
+    optional: bool = False
+    allowed: list[Setting] | dict[str, str] | None = None
+    variants: Literal["equal", "warn", "free"] = "equal"
+
+
+class RoutedRule(_Described):
+    """Which layers of a stack have experts: all, or index modulo a step equal to 1."""
+
+    rule: Literal["all", "step"]
+    step: str | None = None
+    count: str | None = None
+
+
+class Stack(_Described):
+    """A run of layers; its constants fill placeholders of tensor names."""
+
+    name: str
+    layers: str
+    routed: RoutedRule
+    constants: dict[str, str] = {}
+
+
+class TensorPattern(_Described):
+    """One role; the first of `names` is the one that `export` writes."""
+
+    role: str
+    shape: list[str]
+    names: list[str]
+    layers: Literal["all", "routed", "dense"] = "all"
+    stack: str | None = None
+    tied_to: str | None = None
+
+
+class ExpertTensor(_Described):
+    """A tensor holding one or more parts, of one expert or (without `{expert}`) of all, stacked."""
+
+    name: str
+    holds: list[str]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the tensor's first dimension counts experts."""
+        return "{expert}" not in self.name
+
+
+class ExpertLayout(_Described):
+    """One way in which the experts of a layer lie on disk."""
+
+    name: str
+    tensors: list[ExpertTensor]
+
+
+class ExpertRule(_Described):
+    """Parts of an expert with their symbolic shapes, and the layouts; the first is exported."""
+
+    parts: dict[str, list[str]]
+    layouts: list[ExpertLayout]
+
+
+class RoutedLayer(_Described):
+    """A layer with experts.
+
+    Attributes:
+        index: Position counted through all stacks.
+        stack: Name of its stack.
+        block: Position within the stack.
+    """
+
+    index: int
+    stack: str
+    block: int
+
+
+class Family(_Described):
+    """An architecture described once."""
+
+    schema_: Literal["moemerge/family@1"] = Field(alias="schema")
+    model_type: str
+    title: str
+    reference: str
+    arithmetic: Literal["decoder", "encoder_decoder"]
+    settings: dict[str, SettingRule]
+    ignored_settings: dict[str, str]
+    stacks: list[Stack]
+    tensors: list[TensorPattern]
+    experts: ExpertRule
+    tied_copies: dict[str, str] = {}
+    dropped_tensors: dict[str, str] = {}
+
+    def symbols(self, settings: Settings) -> dict[str, int]:
+        """Values of the shape letters."""
+        return {
+            rule.symbol: int(value)
+            for name, rule in self.settings.items()
+            if rule.symbol and isinstance(value := settings[name], int)
+        }
+
+    def stack_layers(self, settings: Settings) -> Iterator[tuple[Stack, int, int]]:
+        """Every layer as (stack, block within the stack, index through all stacks)."""
+        index = 0
+        for stack in self.stacks:
+            for block in range(int(settings[stack.layers] or 0)):
+                yield stack, block, index
+                index += 1
+
+    def is_routed(self, stack: Stack, block: int, settings: Settings) -> bool:
+        """Whether the settings give that layer experts."""
+        if stack.routed.rule == "all":
+            return True
+        step = effective_step(stack, settings)
+        return step == 1 or (step > 1 and block % step == 1)
+
+    def routed_layers(self, settings: Settings) -> list[RoutedLayer]:
+        """The layers with experts, in order."""
+        return [
+            RoutedLayer(index=index, stack=stack.name, block=block)
+            for stack, block, index in self.stack_layers(settings)
+            if self.is_routed(stack, block, settings)
+        ]
+
+    def expected_tensors(self, settings: Settings) -> Iterator[tuple[str, list[str], TensorPattern]]:
+        """Every non-expert role with its possible names, exported one first, and its pattern."""
+        layers = list(self.stack_layers(settings))
+        for pattern in self.tensors:
+            if "{layer}" in pattern.role:
+                for stack, block, _ in layers:
+                    if _applies(pattern, stack, routed=self.is_routed(stack, block, settings)):
+                        fill = {"stack": stack.name, "layer": str(block), **stack.constants}
+                        yield _fill(pattern.role, fill), [_fill(n, fill) for n in pattern.names], pattern
+            elif "{stack}" in pattern.role:
+                for stack in self.stacks:
+                    fill = {"stack": stack.name, **stack.constants}
+                    yield _fill(pattern.role, fill), [_fill(n, fill) for n in pattern.names], pattern
+            else:
+                yield pattern.role, pattern.names, pattern
+
+    def expert_tensor_name(self, tensor: ExpertTensor, layer: RoutedLayer, slot: int | None = None) -> str:
+        """Name of an expert tensor in one layer; `slot` is needed unless it is stacked."""
+        constants = next(stack.constants for stack in self.stacks if stack.name == layer.stack)
+        fill = {"stack": layer.stack, "layer": str(layer.block), "expert": str(slot), **constants}
+        return _fill(tensor.name, fill)
+
+    def part_shape(self, part: str, settings: Settings) -> tuple[int, ...]:
+        """Shape of a part, from the settings."""
+        return evaluate_shape(self.experts.parts[part], self.symbols(settings))
+
+    def role_names(self, settings: Settings) -> dict[str, str]:
+        """The exported tensor name of every role."""
+        return {role: names[0] for role, names, _ in self.expected_tensors(settings)}
+
+
+def effective_step(stack: Stack, settings: Settings) -> int:
+    """Distance between routed layers, 0 for none; an explicit step wins over a count of sparse layers."""
+    if stack.routed.step and isinstance(explicit := settings[stack.routed.step], int):
+        return explicit
+    count = int(settings[stack.routed.count] or 0) if stack.routed.count else 0
+    return int(settings[stack.layers] or 0) // count if count > 0 else 0
+
+
+def evaluate_shape(shape: list[str], symbols: dict[str, int]) -> tuple[int, ...]:
+    """A symbolic shape such as `["H*h", "D"]` in numbers."""
+    sizes = []
+    for entry in shape:
+        size = 1
+        for factor in entry.split("*"):
+            size *= int(factor) if factor.isdigit() else symbols[factor]
+        sizes.append(size)
+    return tuple(sizes)
+
+
+@cache
+def load_families() -> dict[str, Family]:
+    """Every described family by its `model_type`."""
+    folder = resources.files("moemerge.checkpoint") / "families"
+    families = {}
+    for entry in sorted(folder.iterdir(), key=lambda item: item.name):
+        if entry.name.endswith(".json"):
+            family = Family.model_validate_json(entry.read_text(encoding="utf-8"))
+            families[family.model_type] = family
+    return families
+
+
+def find_family(model_type: object, where: str) -> Family:
+    """The family that `model_type` selects.
+
+    Raises:
+        UnsupportedCheckpoint: No description for it; the message lists those there are.
+    """
+    families = load_families()
+    if isinstance(model_type, str) and model_type in families:
+        return families[model_type]
+    known = ", ".join(families)
+    raise UnsupportedCheckpoint(
+        f"{where}: model_type {model_type!r} is not supported; supported are {known}",
+        [Finding(level="error", code="FAMILY_UNKNOWN", where=where, found=repr(model_type), expected=known)],
+    )
+
+
+def _applies(pattern: TensorPattern, stack: Stack, *, routed: bool) -> bool:
+    in_stack = pattern.stack is None or pattern.stack == stack.name
+    return in_stack and (pattern.layers == "all" or (pattern.layers == "routed") == routed)
+
+
+def _fill(template: str, values: dict[str, str]) -> str:
+    for key, value in values.items():
+        template = template.replace("{" + key + "}", value)
+    return template

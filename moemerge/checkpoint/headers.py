@@ -1,0 +1,185 @@
+"""Safetensors headers: what tensors a file holds and where their bytes lie.
+
+The header is read here and not through the safetensors library because byte ranges are needed: an
+expert must be read, hashed and copied as a range, also from a hub file that is not downloaded.
+Nothing in a header is believed before it is checked. Knows nothing of families.
+
+Source: format description at https://huggingface.co/docs/safetensors/index#format.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moemerge.errors import DamagedInput, NotFound
+
+MAX_HEADER_BYTES = 100_000_000
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+}  # fmt: skip
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor, or consecutive rows of one, as a byte range of a file.
+
+    Attributes:
+        path: The file; for a hub file that is not downloaded, its name in the repository.
+        name: The tensor's name in the file.
+        dtype: Safetensors dtype, for example `BF16`.
+        shape: Sizes.
+        start: First byte, counted from the beginning of the file.
+        is_local: Whether the bytes can be read from `path`.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    is_local: bool = True
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the sizes."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.num_elements * DTYPE_BYTES[self.dtype]
+
+    def rows(self, first: int, count: int, shape: tuple[int, ...]) -> "StoredTensor":
+        """`count` entries of the first dimension from `first` on, seen as `shape`."""
+        row_bytes = self.nbytes // self.shape[0]
+        assert math.prod(shape) * DTYPE_BYTES[self.dtype] == count * row_bytes
+        return StoredTensor(
+            path=self.path,
+            name=f"{self.name}[{first}:{first + count}]",
+            dtype=self.dtype,
+            shape=shape,
+            start=self.start + first * row_bytes,
+            is_local=self.is_local,
+        )
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Tensors of a local safetensors file by name.
+
+    Raises:
+        NotFound: No such file.
+        DamagedInput: LFS pointer, truncated, malformed, overlapping or out-of-range tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
+            raw = file.read(length) if 0 < length <= min(MAX_HEADER_BYTES, size - 8) else b""
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"{path}: no such file. Is the download complete?") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise DamagedInput(f"{path}: cannot be read ({error.strerror})") from error
+    if not raw:
+        raise DamagedInput(_explain_no_header(path, size, length))
+    return parse_header(raw, data_start=8 + length, file_size=size, path=path)
+
+
+def parse_header(
+    raw: bytes, *, data_start: int, file_size: int, path: Path, is_local: bool = True
+) -> dict[str, StoredTensor]:
+    """Tensors that a header describes, after checking every number in it.
+
+    Args:
+        raw: The JSON text.
+        data_start: File offset of the first tensor byte.
+        file_size: Size of the whole file in bytes.
+        path: File, for messages and for the result.
+        is_local: See `StoredTensor`.
+
+    Raises:
+        DamagedInput: Malformed JSON, unknown dtype, sizes that contradict offsets, gaps, overlaps, or
+            tensors beyond the end of the file.
+    """
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeated_keys)
+    except (ValueError, RecursionError) as error:
+        raise DamagedInput(f"{path}: the safetensors header is not valid JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise DamagedInput(f"{path}: the safetensors header is not an object")
+    entries.pop("__metadata__", None)
+    tensors = {}
+    ranges = []
+    for name, entry in entries.items():
+        dtype, shape, begin, end = _check_entry(path, name, entry)
+        ranges.append((begin, end, name))
+        tensors[name] = StoredTensor(
+            path=path, name=name, dtype=dtype, shape=shape, start=data_start + begin, is_local=is_local
+        )
+    _check_ranges(path, sorted(ranges), file_size - data_start)
+    return tensors
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise DamagedInput(f"{path}: tensor {name!r} has no dtype, shape and two data_offsets") from error
+    if dtype not in DTYPE_BYTES:
+        raise DamagedInput(f"{path}: tensor {name!r} has unknown dtype {dtype!r}")
+    sizes = shape if isinstance(shape, list) else [None]
+    if not all(type(size) is int and 0 <= size < 2**48 for size in [*sizes, begin, end]):
+        raise DamagedInput(f"{path}: tensor {name!r} has impossible shape {shape!r} or data_offsets")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise DamagedInput(
+            f"{path}: tensor {name!r} spans {end - begin} bytes, expected "
+            f"{math.prod(shape) * DTYPE_BYTES[dtype]} for {dtype} {shape}"
+        )
+    return dtype, tuple(shape), begin, end
+
+
+def _check_ranges(path: Path, ranges: list[tuple[int, int, str]], data_bytes: int) -> None:
+    position = 0
+    for begin, end, name in ranges:
+        if begin != position:
+            raise DamagedInput(
+                f"{path}: tensor {name!r} begins at {begin}, expected {position}: gap or overlap"
+            )
+        position = end
+    if position > data_bytes:
+        raise DamagedInput(
+            f"{path}: truncated: the header describes {position} tensor bytes, the file has {data_bytes}. "
+            f"Download it again"
+        )
+    if position < data_bytes:
+        raise DamagedInput(
+            f"{path}: {data_bytes - position} bytes follow the last tensor; altered or damaged"
+        )
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is given twice")
+    return result
+
+
+def _explain_no_header(path: Path, size: int, length: int) -> str:
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head.startswith(b"version https://git-lfs"):
+        return (
+            f"{path}: a Git LFS pointer of {size} bytes, not the file itself. "
+            f"Fetch it with `git lfs pull` or `moemerge pull`"
+        )
+    if head.lstrip()[:1] == b"<":
+        return f"{path}: an HTML page, not a safetensors file. Download it again"
+    if size < 8 or length > size - 8:
+        return f"{path}: truncated: header of {length} bytes announced, file has {size}. Download it again"
+    return f"{path}: not a safetensors file (header of {length} bytes announced)"

@@ -1,0 +1,140 @@
+"""From a `config.json` of any generation to the settings its family names.
+
+Aliases must agree, absent keys take the reference implementation's class default, and a key that
+nobody described is refused when it could alter routing and is truthy.
+"""
+
+import re
+from typing import Any
+
+from moemerge.checkpoint.family import Family, Setting, SettingRule, Settings
+from moemerge.errors import Finding
+
+# Keys that transformers writes for every model and that do not change what the network computes.
+_BOOKKEEPING = frozenset(
+    ["_attn_implementation", "_commit_hash", "_from_model_config", "_name_or_path", "_experts_implementation", "add_cross_attention", "architectures", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_past", "pad_token_id", "prefix", "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache", "rope_parameters", "rope_scaling", "unsloth_version", "unsloth_fixed"]
+)
+_ALTERS_ROUTING = re.compile(r"rout|expert|moe|capacity|top_?k|gate|sparse", re.IGNORECASE)
+
+
+def read_settings(config: dict[str, Any], family: Family, where: str) -> tuple[Settings, list[Finding]]:
+    """The family's settings as this config gives them, with everything found on the way.
+
+    Args:
+        config: Parsed `config.json`.
+        family: Description to read it by.
+        where: File name for findings.
+
+    Returns:
+        Settings by canonical name (complete even when there are errors, as far as possible), findings.
+    """
+    settings: Settings = {}
+    findings: list[Finding] = []
+    for name, rule in family.settings.items():
+        value, problems = _read_setting(config, name, rule, settings, where)
+        settings[name] = value
+        findings += problems
+    findings += _unknown_keys(config, family, where)
+    return settings, findings
+
+
+def _read_setting(
+    config: dict[str, Any], name: str, rule: SettingRule, settings: Settings, where: str
+) -> tuple[Setting, list[Finding]]:
+    present = {key: value for key in rule.keys if (value := _lookup(config, key)) is not None}
+    if len({_comparable(value) for value in present.values()}) > 1:
+        listed = ", ".join(f"{key} = {value!r}" for key, value in present.items())
+        return None, [
+            Finding(
+                level="error",
+                code="CONFIG_CONTRADICTS",
+                where=where,
+                found=f"two spellings of {name} disagree: {listed}",
+                fix="Keep the right one",
+            )
+        ]
+    if not present:
+        return _absent(name, rule, settings, where)
+    key, value = next(iter(present.items()))
+    if not _is_kind(value, rule.kind):
+        found = f"{key} = {value!r}"
+        return None, [_error("CONFIG_TYPE", where, found, _expected_kind(rule.kind))]
+    return _allowed(key, value, rule, where)
+
+
+def _absent(name: str, rule: SettingRule, settings: Settings, where: str) -> tuple[Setting, list[Finding]]:
+    if rule.default_from:
+        values = [settings.get(source) for source in rule.default_from]
+        numbers = [value for value in values if isinstance(value, int)]
+        if len(numbers) == 1 == len(values):
+            return numbers[0], []
+        if len(numbers) == 2 and numbers[1] > 0 and numbers[0] % numbers[1] == 0:
+            return numbers[0] // numbers[1], []
+    if rule.default is not None:
+        return _allowed(name, rule.default, rule, where)
+    if rule.optional:
+        return None, []
+    return None, [_error("CONFIG_MISSING", where, f"no {' or '.join(rule.keys)}", f"a value for {name}")]
+
+
+def _allowed(key: str, value: Any, rule: SettingRule, where: str) -> tuple[Setting, list[Finding]]:
+    if rule.allowed is None or (isinstance(rule.allowed, list) and value in rule.allowed):
+        return value, []
+    if isinstance(rule.allowed, dict) and value in rule.allowed:
+        return rule.allowed[value], []
+    choices = ", ".join(repr(choice) for choice in rule.allowed)
+    return None, [_error("CONFIG_UNSUPPORTED", where, f"{key} = {value!r}", choices)]
+
+
+def _unknown_keys(config: dict[str, Any], family: Family, where: str) -> list[Finding]:
+    known = _BOOKKEEPING | family.ignored_settings.keys()
+    known |= {key.partition(".")[0] for rule in family.settings.values() for key in rule.keys}
+    custom_code = "auto_map" in config
+    findings = []
+    for key in sorted(config.keys() - known):
+        if config[key] and (custom_code or _ALTERS_ROUTING.search(key)):
+            findings.append(
+                Finding(
+                    level="error",
+                    code="CONFIG_UNKNOWN",
+                    where=where,
+                    found=f"{key} = {config[key]!r} is not part of family {family.model_type} and may alter routing",
+                    fix="Remove the key if the model does not need it; custom model code is never run",
+                )
+            )
+        else:
+            found = f"{key} = {config[key]!r} is not part of family {family.model_type}; ignored"
+            findings.append(Finding(level="note", code="CONFIG_UNKNOWN", where=where, found=found))
+    return findings
+
+
+def _lookup(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for step in key.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if kind == "boolean":
+        return isinstance(value, bool)
+    if kind == "string":
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # Sizes beyond a million, and infinities, come from damaged or hostile files only.
+    return 0 <= value <= 10**9 and (kind == "number" or isinstance(value, int))
+
+
+def _expected_kind(kind: str) -> str:
+    if kind == "integer":
+        return "a whole number from 0 to 10^9"
+    return "a number from 0 to 10^9" if kind == "number" else f"a {kind}"
+
+
+def _comparable(value: Any) -> str:
+    return repr(float(value)) if isinstance(value, int | float) else repr(value)
+
+
+def _error(code: str, where: str, found: str, expected: str) -> Finding:
+    return Finding(level="error", code=code, where=where, found=found, expected=expected)

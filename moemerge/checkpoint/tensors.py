@@ -1,0 +1,127 @@
+"""Reading tensor bytes: into a reused buffer, as a tensor, or as a digest.
+
+Reads with `pread` rather than a memory map so that the memory of a pass over many gigabytes stays
+what its buffers take. The runner maps bundles by itself (`map_tensors`).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from moemerge.checkpoint.headers import StoredTensor, read_header
+from moemerge.errors import DamagedInput, UnsupportedCheckpoint
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+COPY_BYTES = 8 * 2**20
+_SAMPLE_BYTES = 4096
+
+
+class TensorReader(AbstractContextManager["TensorReader"]):
+    """Reads byte ranges of many files, keeping each open; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read_into(self, tensor: StoredTensor, buffer: memoryview, offset: int = 0) -> None:
+        """Fill `buffer` with the tensor's bytes from byte `offset` on.
+
+        Raises:
+            DamagedInput: The file has become shorter since its header was read.
+        """
+        descriptor = self._open(tensor)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], tensor.start + offset + done)
+            if count == 0:
+                raise DamagedInput(
+                    f"{tensor.path}: ends within tensor {tensor.name}; was it changed just now?"
+                )
+            done += count
+
+    def read(self, tensor: StoredTensor) -> Tensor:
+        """The tensor, in its stored dtype and shape."""
+        result = torch.empty(tensor.shape, dtype=torch_dtype(tensor))
+        if tensor.nbytes:
+            self.read_into(tensor, bytes_of(result))
+        return result
+
+    def chunks(self, tensor: StoredTensor, chunk_bytes: int = COPY_BYTES) -> Iterator[memoryview]:
+        """The bytes in order, in views of one reused buffer."""
+        buffer = memoryview(bytearray(min(chunk_bytes, tensor.nbytes)))
+        for offset in range(0, tensor.nbytes, chunk_bytes):
+            view = buffer[: min(chunk_bytes, tensor.nbytes - offset)]
+            self.read_into(tensor, view, offset)
+            yield view
+
+    def digest(self, tensor: StoredTensor) -> str:
+        """BLAKE3 of the tensor's bytes, in hexadecimal."""
+        hasher = blake3()
+        for chunk in self.chunks(tensor):
+            hasher.update(chunk)
+        return hasher.hexdigest()
+
+    def sample_digest(self, tensor: StoredTensor) -> str:
+        """BLAKE3 of dtype, shape and three short stretches: differs if the tensor surely differs."""
+        hasher = blake3(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        length = min(_SAMPLE_BYTES, tensor.nbytes)
+        buffer = memoryview(bytearray(length))
+        for offset in sorted({0, (tensor.nbytes - length) // 2, tensor.nbytes - length}):
+            self.read_into(tensor, buffer, offset)
+            hasher.update(buffer)
+        return hasher.hexdigest()
+
+    def _open(self, tensor: StoredTensor) -> int:
+        assert tensor.is_local, f"{tensor.path} has not been downloaded"
+        if tensor.path not in self._descriptors:
+            self._descriptors[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+        return self._descriptors[tensor.path]
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file as a read-only view of the mapped file.
+
+    Raises:
+        DamagedInput, NotFound: As `read_header`.
+    """
+    header = read_header(path)
+    storage = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    mapped = {}
+    for name, tensor in header.items():
+        window = storage[tensor.start : tensor.start + tensor.nbytes]
+        dtype = torch_dtype(tensor)
+        aligned = window if tensor.start % dtype.itemsize == 0 else window.clone()
+        mapped[name] = aligned.view(dtype).view(tensor.shape)
+    return mapped
+
+
+def torch_dtype(tensor: StoredTensor) -> torch.dtype:
+    """The torch dtype of a stored tensor.
+
+    Raises:
+        UnsupportedCheckpoint: A dtype that moemerge does not compute with.
+    """
+    if tensor.dtype not in TORCH_DTYPES:
+        raise UnsupportedCheckpoint(f"{tensor.path}: tensor {tensor.name} is stored as {tensor.dtype}")
+    return TORCH_DTYPES[tensor.dtype]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The contiguous tensor's memory, writable."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,126 @@
+"""Open all variants of a consolidation together, from folders or the hub."""
+
+from dataclasses import dataclass
+
+from moemerge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from moemerge.checkpoint.compatibility import compare_variants
+from moemerge.checkpoint.repository import LocalFolder, Repository
+from moemerge.checkpoint.tensors import TensorReader
+from moemerge.checkpoint.ties import resolve_ties
+from moemerge.errors import Finding, MoemergeError, raise_findings
+from moemerge.progress import Progress
+from moemerge.refs import FolderRef, SourceRef
+
+# Not a possible variant name, so that a variant may be called base.
+_BASE = "(base)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantSet:
+    """Checkpoints that can be consolidated, in the order given.
+
+    Attributes:
+        variants: By name.
+        base: Their common ancestor, when it was given.
+        findings: Warnings and notes of all of them.
+    """
+
+    variants: dict[str, Checkpoint]
+    base: Checkpoint | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def first(self) -> Checkpoint:
+        """The variant whose geometry stands for all."""
+        return next(iter(self.variants.values()))
+
+
+def open_variants(
+    sources: dict[str, SourceRef],
+    base: SourceRef | None = None,
+    *,
+    offline: bool = False,
+    download: bool = True,
+    progress: Progress | None = None,
+) -> VariantSet:
+    """Look at every source, refuse with all findings, and only then download weights.
+
+    Args:
+        sources: References by variant name.
+        base: Reference of the common ancestor.
+        offline: Use the hub cache only.
+        download: False to stop after the checks; then weights may not be readable.
+        progress: Told of downloads.
+
+    Raises:
+        IncompatibleInputs: With every finding of every source.
+        MoemergeError: When one source fails for another reason, that reason, with all findings.
+    """
+    named = {**sources, **({_BASE: base} if base else {})}
+    repositories, checkpoints = _look_at_all(named, offline=offline)
+    _check_together(checkpoints)
+    if download:
+        for name, repository in repositories.items():
+            if not checkpoints[name].is_local:
+                checkpoints[name] = open_checkpoint(_pull(repository, progress))
+    if all(checkpoint.is_local for checkpoint in checkpoints.values()):
+        with TensorReader() as reader:
+            checkpoints = {name: resolve_ties(c, reader) for name, c in checkpoints.items()}
+    notes = [*_check_together(checkpoints), *(f for c in checkpoints.values() for f in c.findings)]
+    base_checkpoint = checkpoints.pop(_BASE, None)
+    return VariantSet(variants=checkpoints, base=base_checkpoint, findings=tuple(notes))
+
+
+def open_source(ref: SourceRef, *, offline: bool = False) -> Repository:
+    """The files that a reference names, without downloading weights."""
+    if isinstance(ref, FolderRef):
+        return LocalFolder(ref.path)
+    # The hub client takes a noticeable time to import; folders do not need it.
+    from moemerge.checkpoint import hub
+
+    return hub.find_cached(ref) if offline else hub.HubRepository(ref)
+
+
+def _look_at_all(
+    sources: dict[str, SourceRef], *, offline: bool
+) -> tuple[dict[str, Repository], dict[str, Checkpoint]]:
+    repositories: dict[str, Repository] = {}
+    checkpoints: dict[str, Checkpoint] = {}
+    failures: list[tuple[str, MoemergeError]] = []
+    for name, ref in sources.items():
+        try:
+            repositories[name] = open_source(ref, offline=offline)
+            checkpoints[name] = open_checkpoint(repositories[name])
+        except MoemergeError as error:
+            failures.append((name, error))
+    if failures:
+        raise _combine(failures)
+    return repositories, checkpoints
+
+
+def _combine(failures: list[tuple[str, MoemergeError]]) -> MoemergeError:
+    """One error of the first failure's kind that tells of all."""
+    findings = [
+        finding
+        for name, error in failures
+        for finding in error.findings
+        or [Finding(level="error", code="UNREADABLE", where=name, found=str(error))]
+    ]
+    message = "\n".join(f"variant {name}: {error}" for name, error in failures)
+    first = failures[0][1]
+    combined = type(first)(message, findings)
+    combined.__cause__ = first
+    return combined
+
+
+def _check_together(checkpoints: dict[str, Checkpoint]) -> list[Finding]:
+    findings = compare_variants(checkpoints)
+    raise_findings(findings, "these checkpoints cannot be consolidated together")
+    return findings
+
+
+def _pull(repository: Repository, progress: Progress | None) -> LocalFolder:
+    from moemerge.checkpoint import hub
+
+    assert isinstance(repository, hub.HubRepository)
+    return hub.pull(repository, progress)

@@ -1,0 +1,14 @@
+"""Root mean square norm, the only norm of the models here. Knows nothing of layers."""
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Scale the last axis to unit mean square in float32, cast back, then multiply by the weight.
+
+    The cast comes before the multiplication, as in the reference; in bf16 the order shows.
+    """
+    wide = hidden.float()
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return weight_D * wide.to(hidden.dtype)

@@ -1,0 +1,87 @@
+"""What attention is told about positions: rotary tables and relative position bias.
+
+Values in, values out; knows nothing of caches and layers.
+
+Shapes: B rows, T new tokens, S keys, H query heads, h head width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class RotaryTables(NamedTuple):
+    """Cosines and sines, float32 [B or 1, 1, T, h], both halves of a head alike."""
+
+    cosine: Tensor
+    sine: Tensor
+
+
+def rotary_tables(positions_BT: Tensor, head_size: int, theta: float) -> RotaryTables:
+    """Tables for inverse frequencies `theta^(-2i/h)`."""
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions_BT.device) / head_size
+    angles = positions_BT.float()[:, None, :, None] * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return RotaryTables(angles.cos(), angles.sin())
+
+
+def rotate(heads_BHTh: Tensor, tables: RotaryTables) -> Tensor:
+    """Rotary embedding in the half-split form: entry i of a head is paired with entry i + h/2.
+
+    Tables are cast to the dtype of the heads before they are applied, as the reference does.
+    """
+    first, second = heads_BHTh.chunk(2, dim=-1)
+    swapped = torch.cat((-second, first), dim=-1)
+    cosine, sine = tables.cosine.to(heads_BHTh.dtype), tables.sine.to(heads_BHTh.dtype)
+    return heads_BHTh * cosine + swapped * sine
+
+
+def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
+    """Bucket of each distance, key position minus query position.
+
+    Bidirectional: the upper half of the buckets is for keys after the query. Otherwise such keys, which
+    a causal mask hides, share bucket 0. Of the buckets of one direction the first half are exact, the
+    rest logarithmic up to `max_distance`.
+
+    Returns:
+        Int64, shape of `distance`, in [0, num_buckets).
+
+    Source: T5, Raffel et al. 2020 (arXiv:1910.10683), section 2.1.
+    """
+    offset = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        offset = (distance > 0) * num_buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    num_exact = num_buckets // 2
+    log_share = (distance.clamp(min=1).float() / num_exact).log() / math.log(max_distance / num_exact)
+    logarithmic = (num_exact + (log_share * (num_buckets - num_exact)).long()).clamp(max=num_buckets - 1)
+    return offset + torch.where(distance < num_exact, distance, logarithmic)
+
+
+def position_bias(
+    table: Tensor, num_new: int, num_keys: int, max_distance: int, bidirectional: bool
+) -> Tensor:
+    """Bias that is added to attention scores, for the last `num_new` of `num_keys` positions.
+
+    Args:
+        table: [buckets, H].
+        num_new: Queries; they stand at the end of the keys.
+        num_keys: Keys.
+        max_distance: See `relative_buckets`.
+        bidirectional: See `relative_buckets`.
+
+    Returns:
+        [1, H, T, S] in the dtype of the table.
+    """
+    key_S = torch.arange(num_keys, device=table.device)
+    query_T = key_S[num_keys - num_new :]
+    buckets_TS = relative_buckets(
+        key_S[None, :] - query_T[:, None], table.shape[0], max_distance, bidirectional
+    )
+    return functional.embedding(buckets_TS, table).permute(2, 0, 1).unsqueeze(0)
