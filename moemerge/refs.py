@@ -26,7 +26,8 @@ class ExpertRef(NamedTuple):
         return f"{self.variant}:{self.layer}.{self.slot}"
 
 
-class PoolRef(NamedTuple):
+@dataclass(frozen=True, slots=True, order=True)
+class PoolRef:
     """One of the experts stored for a layer."""
 
     layer: int
@@ -73,7 +74,7 @@ def parse_source(text: str) -> SourceRef:
         return _parse_hub(text.removeprefix("hf://"), text)
     if text.startswith((".", "/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", text):
         return FolderRef(Path(text).expanduser())
-    repository, _, revision = text.partition("@")
+    repository = text.partition("@")[0]
     if _REPOSITORY.fullmatch(repository):
         if Path(text).is_dir():
             raise InvalidRecipe(

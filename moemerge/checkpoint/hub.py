@@ -18,7 +18,7 @@ import httpx2 as httpx
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import tqdm as hub_tqdm
+from tqdm.auto import tqdm
 
 from moemerge.checkpoint.headers import StoredTensor, parse_header
 from moemerge.checkpoint.repository import LocalFolder
@@ -210,7 +210,7 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
-class _Quiet(hub_tqdm):  # type: ignore[misc,unused-ignore]
+class _Quiet(tqdm):  # type: ignore[type-arg]
     """A progress bar that shows nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

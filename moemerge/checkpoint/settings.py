@@ -12,7 +12,20 @@ from moemerge.errors import Finding
 
 # Keys that transformers writes for every model and that do not change what the network computes.
 _BOOKKEEPING = frozenset(
-    ["_attn_implementation", "_commit_hash", "_from_model_config", "_name_or_path", "_experts_implementation", "add_cross_attention", "architectures", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_past", "pad_token_id", "prefix", "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache", "rope_parameters", "rope_scaling", "unsloth_version", "unsloth_fixed"]
+    """
+    _attn_implementation _commit_hash _experts_implementation _from_model_config _name_or_path
+    add_cross_attention architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
+    initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id length_penalty
+    max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_past pad_token_id prefix problem_type pruned_heads
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate rope_parameters
+    rope_scaling sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    """.split()
 )
 _ALTERS_ROUTING = re.compile(r"rout|expert|moe|capacity|top_?k|gate|sparse", re.IGNORECASE)
 
@@ -98,7 +111,7 @@ def _unknown_keys(config: dict[str, Any], family: Family, where: str) -> list[Fi
                     level="error",
                     code="CONFIG_UNKNOWN",
                     where=where,
-                    found=f"{key} = {config[key]!r} is not part of family {family.model_type} and may alter routing",
+                    found=f"{key} = {config[key]!r} is not part of {family.model_type} and may alter routing",
                     fix="Remove the key if the model does not need it; custom model code is never run",
                 )
             )

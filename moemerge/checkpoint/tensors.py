@@ -124,4 +124,4 @@ def torch_dtype(tensor: StoredTensor) -> torch.dtype:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The contiguous tensor's memory, writable."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
