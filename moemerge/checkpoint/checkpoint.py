@@ -27,7 +27,7 @@ class Checkpoint:
         settings: Canonical settings, complete.
         config: `config.json` as found.
         layout: Name of the expert layout found on disk.
-        tensors: Non-expert tensors by role; a tied head is absent.
+        tensors: Non-expert tensors by role; a tied head is absent once `resolve_ties` compared it.
         experts: Parts by (layer index, slot).
         routed_layers: Layers with experts.
         dropped: Names that are in the files and deliberately not kept, with the reason.
@@ -90,12 +90,8 @@ def open_checkpoint(repository: Repository) -> Checkpoint:
         raise UnsupportedCheckpoint(
             f"{repository.label}: not a checkpoint: it has weights but no config.json"
         )
-    config = read_json(repository, "config.json")
     where = f"{repository.label}/config.json"
-    _refuse_quantised_config(config, repository, where)
-    family = find_family(config.get("model_type"), where)
-    settings, findings = read_settings(config, family, where)
-    raise_findings(findings, f"{repository.label} cannot be read as {family.title}")
+    config, family, settings, findings = read_config(repository)
     stored = read_weight_headers(repository)
     findings += find_quantised(stored, repository.label)
     raise_findings(findings, f"{repository.label} cannot be consolidated")
@@ -107,7 +103,7 @@ def open_checkpoint(repository: Repository) -> Checkpoint:
     return Checkpoint(
         label=repository.label,
         family=family,
-        settings={**settings, "tied_head": "head" not in matched.tensors},
+        settings=settings,
         config=config,
         layout=matched.layout,
         tensors=matched.tensors,
@@ -119,24 +115,38 @@ def open_checkpoint(repository: Repository) -> Checkpoint:
     )
 
 
-def _refuse_quantised_config(config: dict[str, Any], repository: Repository, where: str) -> None:
-    quantisation = config.get("quantization_config") or config.get("compression_config")
-    if not quantisation and "quantize_config.json" not in repository.files():
-        return
-    method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "GPTQ"
-    found = f"quantised by {method}"
-    raise UnsupportedCheckpoint(
-        f"{where}: {found}; use the unquantised repository",
-        [
-            Finding(
-                level="error",
-                code="QUANTISED",
-                where=where,
-                found=found,
-                fix="Use the unquantised repository",
+def read_config(repository: Repository) -> tuple[dict[str, Any], Family, Settings, list[Finding]]:
+    """What `config.json` alone tells: itself, the family, its settings, warnings and notes.
+
+    Raises:
+        IncompatibleInputs: With every finding about the settings.
+        UnsupportedCheckpoint: Unknown family, or quantised.
+        NotFound, DamagedInput: The file is missing or damaged.
+    """
+    config = read_json(repository, "config.json")
+    where = f"{repository.label}/config.json"
+    _refuse_quantised(config, repository)
+    family = find_family(config.get("model_type"), where)
+    settings, findings = read_settings(config, family, where)
+    raise_findings(findings, f"{repository.label} cannot be read as {family.title}")
+    return config, family, settings, findings
+
+
+def _refuse_quantised(config: dict[str, Any], repository: Repository) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            method = (
+                config[key].get("quant_method", "unknown") if isinstance(config[key], dict) else "unknown"
             )
-        ],
-    )
+            raise _quantised(f"{repository.label}/config.json", f"{key}: quantised by {method}")
+    if "quantize_config.json" in repository.files():
+        raise _quantised(f"{repository.label}/quantize_config.json", "quantised by GPTQ")
+
+
+def _quantised(where: str, found: str) -> UnsupportedCheckpoint:
+    fix = "Use the unquantised repository"
+    finding = Finding(level="error", code="QUANTISED", where=where, found=found, fix=fix)
+    return UnsupportedCheckpoint(str(finding), [finding])
 
 
 def _check_dtypes(matched: MatchedTensors, where: str) -> list[Finding]:

@@ -17,6 +17,7 @@ from typing import Any
 from moemerge.errors import DamagedInput, NotFound
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -30,7 +31,7 @@ class StoredTensor:
     """A tensor, or consecutive rows of one, as a byte range of a file.
 
     Attributes:
-        path: The file; for a hub file that is not downloaded, its name in the repository.
+        path: The file; for a hub file that is not downloaded, repository and name, for messages.
         name: The tensor's name in the file.
         dtype: Safetensors dtype, for example `BF16`.
         shape: Sizes.
@@ -79,16 +80,42 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
-            raw = file.read(length) if 0 < length <= min(MAX_HEADER_BYTES, size - 8) else b""
+            length = parse_header_length(file.read(512), file_size=size, path=path)
+            file.seek(8)
+            raw = file.read(length)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"{path}: no such file. Is the download complete?") from error
     except (IsADirectoryError, PermissionError) as error:
         raise DamagedInput(f"{path}: cannot be read ({error.strerror})") from error
-    if not raw:
-        raise DamagedInput(_explain_no_header(path, size, length))
     return parse_header(raw, data_start=8 + length, file_size=size, path=path)
+
+
+def parse_header_length(head: bytes, *, file_size: int, path: Path) -> int:
+    """Length of the header in bytes.
+
+    Args:
+        head: The file's first bytes; 8 suffice.
+        file_size: Size of the whole file in bytes.
+        path: File, for messages.
+
+    Raises:
+        DamagedInput: Truncated, or not a safetensors file; the message says what it seems to be.
+    """
+    length = int.from_bytes(head[:8], "little") if len(head) >= 8 else 0
+    if 0 < length <= min(MAX_HEADER_BYTES, file_size - 8):
+        return length
+    if head.startswith(b"version "):
+        raise DamagedInput(
+            f"{path}: a Git LFS pointer of {file_size} bytes, not the file itself. "
+            f"Fetch it with `git lfs pull` or `moemerge pull`"
+        )
+    if head.lstrip()[:1] == b"<":
+        raise DamagedInput(f"{path}: an HTML page, not a safetensors file. Download it again")
+    if len(head) < 8 or 0 < length <= MAX_HEADER_BYTES:
+        raise DamagedInput(
+            f"{path}: truncated: header of {length} bytes announced, file has {file_size}. Download it again"
+        )
+    raise DamagedInput(f"{path}: not a safetensors file (header of {length} bytes announced)")
 
 
 def parse_header(
@@ -127,13 +154,15 @@ def parse_header(
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    if not name.isprintable():
+        raise DamagedInput(f"{path}: tensor name {name!r} has characters that no name has")
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise DamagedInput(f"{path}: tensor {name!r} has no dtype, shape and two data_offsets") from error
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise DamagedInput(f"{path}: tensor {name!r} has unknown dtype {dtype!r}")
-    sizes = shape if isinstance(shape, list) else [None]
+    sizes = shape if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
     if not all(type(size) is int and 0 <= size < 2**48 for size in [*sizes, begin, end]):
         raise DamagedInput(f"{path}: tensor {name!r} has impossible shape {shape!r} or data_offsets")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
@@ -168,18 +197,3 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key is given twice")
     return result
-
-
-def _explain_no_header(path: Path, size: int, length: int) -> str:
-    with path.open("rb") as file:
-        head = file.read(512)
-    if head.startswith(b"version https://git-lfs"):
-        return (
-            f"{path}: a Git LFS pointer of {size} bytes, not the file itself. "
-            f"Fetch it with `git lfs pull` or `moemerge pull`"
-        )
-    if head.lstrip()[:1] == b"<":
-        return f"{path}: an HTML page, not a safetensors file. Download it again"
-    if size < 8 or length > size - 8:
-        return f"{path}: truncated: header of {length} bytes announced, file has {size}. Download it again"
-    return f"{path}: not a safetensors file (header of {length} bytes announced)"

@@ -4,52 +4,48 @@ The only module that talks to a network. A commit is resolved once and everythin
 it. Files that were fetched completely are never fetched again; an interrupted file starts anew.
 """
 
-import errno
-import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2 as httpx
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but exported lazily
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
 from tqdm.auto import tqdm
 
-from moemerge.checkpoint.headers import StoredTensor, parse_header
-from moemerge.checkpoint.repository import LocalFolder
-from moemerge.checkpoint.weights import INDEX, find_weight_files
-from moemerge.errors import (
-    DamagedInput,
-    MoemergeError,
-    NetworkFailure,
-    NotAuthorised,
-    NotEnoughRoom,
-    NotFound,
+from moemerge.checkpoint.disk import check_disk
+from moemerge.checkpoint.headers import StoredTensor, parse_header, parse_header_length
+from moemerge.checkpoint.hub_errors import translated
+from moemerge.checkpoint.repository import LocalFolder, find_side_files
+from moemerge.checkpoint.weights import (
+    INDEX,
+    PICKLE_INDEX,
+    SINGLE,
+    find_pickle_files,
+    find_weight_files,
+    has_only_pickles,
+    require_files,
 )
+from moemerge.errors import InvalidRecipe, NetworkFailure
 from moemerge.progress import Progress, Silent
 from moemerge.refs import HubRef
 
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "README.md",
-)
-_LICENCE_STEMS = ("license", "licence", "copying", "notice", "use_policy")
+_PARALLEL_FILES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,102 +61,123 @@ class HubRepository:
     """A hub repository at one commit, read by small requests."""
 
     def __init__(self, ref: HubRef) -> None:
-        self._api = HfApi(endpoint=_endpoint())
         self.ref = ref
-        with _translated(str(ref)):
-            info = self._api.model_info(ref.repository, revision=ref.revision)
+        api = HfApi(endpoint=_endpoint())
+        with translated(str(ref)):
+            timeout = constants.HF_HUB_ETAG_TIMEOUT
+            info = api.model_info(ref.repository, revision=ref.revision, timeout=timeout)
             if info.sha is None:
                 raise NetworkFailure(f"{ref}: the hub named no commit")
             self.commit = info.sha
-            tree = self._api.list_repo_tree(ref.repository, revision=self.commit)
-            self._files = {item.path: item.size for item in tree if isinstance(item, RepoFile)}
+            tree = api.list_repo_tree(ref.repository, revision=self.commit)
+            self._items = {item.path: item for item in tree if isinstance(item, RepoFile)}
 
     @property
     def label(self) -> str:
         """Repository and short commit."""
         return f"{self.ref.repository}@{self.commit[:8]}"
 
+    @property
+    def origin(self) -> str:
+        """Repository and full commit."""
+        return f"{self.ref.repository}@{self.commit}"
+
     def files(self) -> dict[str, int]:
         """Sizes of the files at the top level."""
-        return self._files
+        return {name: item.size for name, item in self._items.items()}
 
     def read_bytes(self, name: str) -> bytes:
         """A small file, through the cache."""
-        with _translated(f"{self.label}/{name}"):
-            path = hf_hub_download(
-                self.ref.repository, name, revision=self.commit, endpoint=_endpoint(), tqdm_class=_Quiet
+        return self.fetch(name).read_bytes()
+
+    def fetch(self, name: str, tqdm_class: "type[tqdm[Any]] | None" = None) -> Path:
+        """Any file, as a path in the cache; downloaded if it is not there."""
+        with translated(f"{self.label}/{name}"):
+            return Path(
+                hf_hub_download(
+                    self.ref.repository,
+                    name,
+                    revision=self.commit,
+                    endpoint=_endpoint(),
+                    tqdm_class=tqdm_class or _Quiet,
+                )
             )
-        return Path(path).read_bytes()
 
     def header(self, name: str) -> dict[str, StoredTensor]:
-        """Tensors of a remote safetensors file, by range request."""
-        where = f"{self.label}/{name}"
-        with _translated(where):
-            try:
-                metadata = self._api.parse_safetensors_file_metadata(
-                    self.ref.repository, name, revision=self.commit
-                )
-            except (hub_errors.SafetensorsParsingError, hub_errors.NotASafetensorsRepoError) as error:
-                raise DamagedInput(f"{where}: not a readable safetensors header ({error})") from error
-        tensors = metadata.tensors.items()
-        entries = {
-            key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": list(t.data_offsets)}
-            for key, t in tensors
-        }
-        data_bytes = max((t.data_offsets[1] for _, t in tensors), default=0)
-        # The length of the header is not told; the local check after the download has it.
-        start = self._files[name] - data_bytes
-        if start < 8:
-            raise DamagedInput(f"{where}: {self._files[name]} bytes, its header describes {data_bytes}")
-        raw = json.dumps(entries).encode()
-        return parse_header(
-            raw, data_start=start, file_size=self._files[name], path=Path(name), is_local=False
-        )
+        """Tensors of a remote safetensors file, by range requests that end with the header."""
+        path = Path(f"{self.label}/{name}")
+        size = self._items[name].size
+        length = parse_header_length(self._read_range(name, 0, min(8, size)), file_size=size, path=path)
+        raw = self._read_range(name, 8, length)
+        return parse_header(raw, data_start=8 + length, file_size=size, path=path, is_local=False)
+
+    def is_cached(self, name: str) -> bool:
+        """Whether the cache has this very file, be it for another commit."""
+        repository = self.ref.repository
+        if isinstance(try_to_load_from_cache(repository, name, revision=self.commit), str):
+            return True
+        item = self._items[name]
+        blob = item.lfs.sha256 if item.lfs else item.blob_id
+        return (_cache_folder(repository) / "blobs" / blob).exists()
+
+    def _read_range(self, name: str, start: int, count: int) -> bytes:
+        url = hf_hub_url(self.ref.repository, name, revision=self.commit, endpoint=_endpoint())
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + count - 1}"}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        received = bytearray()
+        # Streamed, so that a server that ignores the range does not send the whole file.
+        with (
+            translated(f"{self.label}/{name}"),
+            http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response,
+        ):
+            hf_raise_for_status(response)
+            skip = start if response.status_code == 200 else 0
+            for chunk in response.iter_bytes():
+                received += chunk
+                if len(received) >= skip + count:
+                    break
+        if len(received) < skip + count:
+            raise NetworkFailure(f"{self.label}/{name}: the hub sent {len(received)} of {count} bytes")
+        return bytes(received[skip : skip + count])
 
 
-def files_to_pull(repository: HubRepository) -> list[FileToPull]:
-    """Weights, configuration, tokenizer, templates and licence, and which of them are cached."""
+def files_to_pull(repository: HubRepository, *, allow_pickle: bool = False) -> list[FileToPull]:
+    """Weights, configuration, tokenizer, templates and licence, and which of them are cached.
+
+    Raises:
+        UnsupportedCheckpoint, DamagedInput: As `find_weight_files` and `find_pickle_files`.
+        MissingTensors: An index names files that the repository does not have.
+    """
     present = repository.files()
-    wanted = [*find_weight_files(repository), *(name for name in (INDEX, *SIDE_FILES) if name in present)]
-    wanted += [name for name in present if name.lower().startswith(_LICENCE_STEMS)]
-    wanted += [name for name in present if name.endswith(".jinja")]
-    pulls = []
-    for name in dict.fromkeys(wanted):
-        with _translated(f"{repository.label}/{name}"):
-            info: Any = hf_hub_download(
-                repository.ref.repository,
-                name,
-                revision=repository.commit,
-                endpoint=_endpoint(),
-                dry_run=True,
-            )
-        pulls.append(FileToPull(name=name, size=present.get(name, 0), cached=info.is_cached))
-    return pulls
+    from_pickles = allow_pickle and has_only_pickles(repository)
+    wanted = find_pickle_files(repository) if from_pickles else find_weight_files(repository)
+    index = PICKLE_INDEX if from_pickles else INDEX
+    require_files(repository, wanted, index)
+    wanted += [index] if index in present else []
+    wanted += find_side_files(repository)
+    return [
+        FileToPull(name=name, size=present[name], cached=repository.is_cached(name))
+        for name in dict.fromkeys(wanted)
+    ]
 
 
-def pull(repository: HubRepository, progress: Progress | None = None) -> LocalFolder:
+def pull(
+    repository: HubRepository, progress: Progress | None = None, *, allow_pickle: bool = False
+) -> LocalFolder:
     """Download what a merge needs of the repository into the hub cache.
 
     Raises:
         NotEnoughRoom: The disk of the cache cannot hold what is missing; nothing was fetched.
         NotAuthorised, NotFound, NetworkFailure: As the hub answers; finished files stay.
     """
-    files = files_to_pull(repository)
+    files = files_to_pull(repository, allow_pickle=allow_pickle)
     missing = sum(file.size for file in files if not file.cached)
     check_disk(Path(constants.HF_HUB_CACHE), missing, f"pulling {repository.label}")
     report = progress or Silent()
     report.start(f"pull {repository.label}", missing)
-    with _translated(repository.label):
-        folder = snapshot_download(
-            repository.ref.repository,
-            revision=repository.commit,
-            endpoint=_endpoint(),
-            allow_patterns=[file.name for file in files],
-            tqdm_class=_reporting(report),
-            max_workers=4,
-        )
+    folder = _fetch_all(repository, files, report)
     _remember_reference(repository)
-    return LocalFolder(Path(folder), repository.label)
+    return LocalFolder(folder, repository.label, repository.origin)
 
 
 def find_cached(ref: HubRef) -> LocalFolder:
@@ -169,41 +186,76 @@ def find_cached(ref: HubRef) -> LocalFolder:
     Raises:
         NetworkFailure: Not cached, or not completely.
     """
+    hint = f"Run `moemerge pull {ref}` while online"
     try:
-        folder = snapshot_download(
-            ref.repository,
-            revision=ref.revision,
-            local_files_only=True,
-            allow_patterns=["config.json", INDEX, "model*.safetensors"],
+        path = snapshot_download(
+            ref.repository, revision=ref.revision, local_files_only=True, allow_patterns=["config.json"]
         )
-    except (hub_errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+    except hub_errors.HFValidationError as error:
+        raise InvalidRecipe(f"{ref}: not a possible repository name. {error}") from error
+    except (hub_errors.LocalEntryNotFoundError, OSError) as error:
         raise NetworkFailure(
-            f"{ref}: offline, and not completely in the cache {constants.HF_HUB_CACHE}. "
-            f"Run `moemerge pull {ref}` while online"
+            f"{ref}: offline, and not in the cache {constants.HF_HUB_CACHE}. {hint}"
         ) from error
-    commit = Path(folder).name
-    return LocalFolder(Path(folder), f"{ref.repository}@{commit[:8]}")
-
-
-def check_disk(folder: Path, needed: int, purpose: str) -> None:
-    """Raise `NotEnoughRoom` unless the disk that holds `folder` has `needed` free bytes."""
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise NotEnoughRoom(
-            f"{purpose} needs {needed / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free. "
-            f"Free some space or choose another disk"
+    folder = LocalFolder(Path(path), f"{ref.repository}@{Path(path).name[:8]}", f"{ref.repository}@{Path(path).name}")
+    if missing := _missing_weights(folder):
+        raise NetworkFailure(
+            f"{ref}: offline, and not completely in the cache {constants.HF_HUB_CACHE}: "
+            f"{missing[0]} is missing{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}. {hint}"
         )
+    return folder
+
+
+def _missing_weights(folder: LocalFolder) -> list[str]:
+    present = folder.files()
+    if has_only_pickles(folder):
+        return [name for name in find_pickle_files(folder) if name not in present]
+    if INDEX not in present and SINGLE not in present:
+        return [SINGLE]
+    return [name for name in find_weight_files(folder) if name not in present]
+
+
+def _fetch_all(repository: HubRepository, files: list[FileToPull], report: Progress) -> Path:
+    """Download several files at a time; after a failure those that have begun are finished.
+
+    Returns:
+        The folder of the commit in the cache.
+    """
+    meter = _Meter(report)
+    with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+        futures = [pool.submit(_fetch_one, repository, file, meter) for file in files]
+        try:
+            paths = [future.result() for future in as_completed(futures)]
+        except BaseException as error:
+            # Finishing a large file may take long: worth it for the next run, not for Ctrl-C.
+            meter.stopped = not isinstance(error, Exception)
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return paths[0].parent
+
+
+def _fetch_one(repository: HubRepository, file: FileToPull, meter: "_Meter") -> Path:
+    bars = meter.bars_of(file)
+    path = repository.fetch(file.name, bars)
+    # Another process may have fetched it meanwhile.
+    meter.reached(file, file.size)
+    return path
 
 
 def _remember_reference(repository: HubRepository) -> None:
     """Let `find_cached` resolve the branch name later, as a download by branch would have done."""
     revision = repository.ref.revision or constants.DEFAULT_REVISION
-    owner, name = repository.ref.repository.split("/")
-    refs = Path(constants.HF_HUB_CACHE) / f"models--{owner}--{name}" / "refs"
-    if revision != repository.commit and "/" not in revision:
-        refs.mkdir(parents=True, exist_ok=True)
-        (refs / revision).write_text(repository.commit, encoding="utf-8")
+    if revision == repository.commit or ".." in revision.split("/"):
+        return
+    target = _cache_folder(repository.ref.repository) / "refs" / revision
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    beside.write_text(repository.commit, encoding="utf-8")
+    beside.replace(target)
+
+
+def _cache_folder(repository: str) -> Path:
+    return Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
 
 
 def _endpoint() -> str | None:
@@ -217,68 +269,40 @@ class _Quiet(tqdm):  # type: ignore[type-arg]
         super().__init__(*args, **{**kwargs, "disable": True})
 
 
-def _reporting(progress: Progress) -> type[_Quiet]:
-    """A bar class that passes bytes on; of several bars over the same bytes the fullest counts."""
-    counts: dict[int, float] = {}
-    told = 0
+class _Stopped(Exception):
+    """Ends a download that nobody waits for any more."""
 
-    class Reporting(_Quiet):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._in_bytes = kwargs.get("unit") == "B"
 
-        def update(self, n: float | None = 1) -> None:
-            nonlocal told
-            if not self._in_bytes:
+class _Meter:
+    """Adds up the bytes of files that are fetched at the same time."""
+
+    def __init__(self, report: Progress) -> None:
+        self.stopped = False
+        self._report = report
+        self._told: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def bars_of(self, file: FileToPull) -> type[_Quiet]:
+        """The class of bars that the hub client is to count this file's bytes with."""
+        meter = self
+
+        class Bar(_Quiet):
+            done = 0.0
+
+            def update(self, n: float | None = 1) -> None:
+                self.done += n or 0
+                meter.reached(file, int(self.done))
+
+        return Bar
+
+    def reached(self, file: FileToPull, done: int) -> None:
+        """So many bytes of the file are there; of several bars over one file the fullest counts."""
+        if self.stopped:
+            raise _Stopped
+        with self._lock:
+            told = self._told.get(file.name, 0)
+            more = min(done, file.size) - told
+            if file.cached or more <= 0:
                 return
-            counts[id(self)] = counts.get(id(self), 0) + (n or 0)
-            fullest = int(max(counts.values()))
-            if fullest > told:
-                progress.advance(fullest - told)
-                told = fullest
-
-    return Reporting
-
-
-@contextmanager
-def _translated(where: str) -> Iterator[None]:
-    """Turn what the hub client raises into this package's errors."""
-    try:
-        yield
-    except MoemergeError:
-        raise
-    except hub_errors.GatedRepoError as error:
-        raise NotAuthorised(
-            f"{where}: gated. Request access on its page and log in with `hf auth login`"
-        ) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise NotFound(
-            f"{where}: no such repository, or it is private and your token cannot see it. "
-            f"Check the spelling, or log in with `hf auth login`"
-        ) from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise NotFound(f"{where}: the repository has no such revision") from error
-    except hub_errors.LocalEntryNotFoundError as error:
-        raise NetworkFailure(
-            f"{where}: the hub did not answer and the file is not cached ({error})"
-        ) from error
-    except hub_errors.EntryNotFoundError as error:
-        raise NotFound(f"{where}: no such file in the repository") from error
-    except hub_errors.OfflineModeIsEnabled as error:
-        raise NetworkFailure(f"{where}: offline mode is on and the file is not cached") from error
-    except hub_errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        if status in (401, 403):
-            raise NotAuthorised(
-                f"{where}: the hub refused access ({status}). Log in with `hf auth login`"
-            ) from error
-        raise NetworkFailure(f"{where}: the hub answered {status or 'nothing'}; try again later") from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise NotEnoughRoom(f"{where}: the disk is full; finished files are kept") from error
-        raise NetworkFailure(f"{where}: {error}; finished files are kept, run again to continue") from error
-    except httpx.HTTPError as error:
-        raise NetworkFailure(
-            f"{where}: the connection failed ({type(error).__name__}: {error}); "
-            f"finished files are kept, run again to continue"
-        ) from error
+            self._told[file.name] = told + more
+            self._report.advance(more)

@@ -38,6 +38,11 @@ class MatchedTensors:
             Finding(level="error", code=code, where=self.where, found=found, expected=expected, fix=fix)
         )
 
+    def set_aside(self, names: list[str]) -> None:
+        """Forget tensors that an error already speaks of, so that they are not called unknown as well."""
+        for name in names:
+            self.unplaced.pop(name, None)
+
     def take(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         """Place a tensor, checking its shape."""
         tensor = self.unplaced.pop(name)
@@ -114,8 +119,15 @@ def _place_experts(matched: MatchedTensors, family: Family, settings: Settings) 
     used = [layout for layout, count in counts.items() if count]
     if len(used) != 1:
         found = "in two layouts at once" if used else "in no known layout"
-        matched.error("EXPERT_LAYOUT", f"experts are stored {found}", "one of " + ", ".join(names))
-        return [name for expected in names.values() for name in expected]
+        matched.error(
+            "EXPERT_LAYOUT",
+            f"experts are stored {found}",
+            "one of " + ", ".join(names),
+            fix="Is the download complete, and does config.json belong to these weights?",
+        )
+        known = [name for expected in names.values() for name in expected]
+        matched.set_aside(known)
+        return known
     matched.layout = used[0]
     expected = names[matched.layout]
     if missing := [name for name in expected if name not in matched.unplaced]:
@@ -124,6 +136,7 @@ def _place_experts(matched: MatchedTensors, family: Family, settings: Settings) 
             f"{len(expected) - len(missing)} of {len(expected)} expert tensors; first missing {missing[0]}",
             fix="Is the download complete? Layers with fewer experts than others are not supported",
         )
+        matched.set_aside(expected)
         return expected
     layout = next(layout for layout in family.experts.layouts if layout.name == matched.layout)
     for layer in layers:
@@ -170,8 +183,10 @@ def _place_expert_tensor(
 
 def _drop_copies(matched: MatchedTensors, family: Family, settings: Settings) -> None:
     for name, role in family.tied_copies.items():
+        # When the original is missing, its copy is not what is wrong, and TENSOR_MISSING says so.
         if name in matched.unplaced:
-            matched.take(name, matched.tensors[role].shape)
+            original = matched.tensors.get(role, matched.unplaced[name])
+            matched.take(name, original.shape)
             matched.dropped[name] = f"copy of {role}"
     for template, reason in family.dropped_tensors.items():
         for _, block, _ in family.stack_layers(settings):

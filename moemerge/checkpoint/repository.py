@@ -11,6 +11,22 @@ from moemerge.checkpoint.headers import StoredTensor, read_header
 from moemerge.errors import DamagedInput, NotFound, UnsupportedCheckpoint
 
 MAX_TEXT_BYTES = 64 * 2**20
+_SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "README.md",
+)
+_LICENCE_STEMS = ("license", "licence", "copying", "notice", "use_policy")
 
 
 class Repository(Protocol):
@@ -19,6 +35,10 @@ class Repository(Protocol):
     @property
     def label(self) -> str:
         """How messages name it."""
+
+    @property
+    def origin(self) -> str:
+        """How plans and cards name it: repository and full commit, or the folder's name alone."""
 
     def files(self) -> dict[str, int]:
         """Sizes in bytes by file name, top level only."""
@@ -33,18 +53,24 @@ class Repository(Protocol):
 class LocalFolder:
     """A checkpoint folder on this machine."""
 
-    def __init__(self, path: Path, label: str | None = None) -> None:
+    def __init__(self, path: Path, label: str | None = None, origin: str | None = None) -> None:
         if not path.exists():
             raise NotFound(f"{path}: no such folder")
         if not path.is_dir():
             raise UnsupportedCheckpoint(f"{path}: not a checkpoint: expected a folder with config.json")
         self.path = path
         self._label = label or str(path)
+        self._origin = origin or f"local:{path.resolve().name}"
 
     @property
     def label(self) -> str:
-        """The path."""
+        """The path, or the repository it was pulled from."""
         return self._label
+
+    @property
+    def origin(self) -> str:
+        """See `Repository.origin`; paths of this machine concern nobody else."""
+        return self._origin
 
     def files(self) -> dict[str, int]:
         """Sizes of the files in the folder itself."""
@@ -72,6 +98,14 @@ class LocalFolder:
     def header(self, name: str) -> dict[str, StoredTensor]:
         """Tensors of one of the folder's safetensors files."""
         return read_header(self.path / name)
+
+
+def find_side_files(repository: Repository) -> list[str]:
+    """Names of the files that belong to a model besides its weights: settings, tokenizer, licence."""
+    files = repository.files()
+    names = [name for name in _SIDE_FILES if name in files]
+    names += [name for name in files if name.lower().startswith(_LICENCE_STEMS) or name.endswith(".jinja")]
+    return list(dict.fromkeys(names))
 
 
 def read_json(repository: Repository, name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ nobody described is refused when it could alter routing and is truthy.
 """
 
 import re
+import textwrap
 from typing import Any
 
 from moemerge.checkpoint.family import Family, Setting, SettingRule, Settings
@@ -27,6 +28,8 @@ _BOOKKEEPING = frozenset(
     transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
+_MOST_LAYERS = 10_000
+_MOST_EXPERTS = 1_000_000
 _ALTERS_ROUTING = re.compile(r"rout|expert|moe|capacity|top_?k|gate|sparse", re.IGNORECASE)
 
 
@@ -47,8 +50,20 @@ def read_settings(config: dict[str, Any], family: Family, where: str) -> tuple[S
         value, problems = _read_setting(config, name, rule, settings, where)
         settings[name] = value
         findings += problems
+    findings += _implausible_sizes(settings, family, where)
     findings += _unknown_keys(config, family, where)
     return settings, findings
+
+
+def _implausible_sizes(settings: Settings, family: Family, where: str) -> list[Finding]:
+    """Every layer and expert is enumerated, so a hostile count must end here."""
+    layers = sum(int(settings[stack.layers] or 0) for stack in family.stacks)
+    experts = int(settings["num_experts"] or 0)
+    if layers <= _MOST_LAYERS and layers * experts <= _MOST_EXPERTS:
+        return []
+    found = f"{layers} layers with {experts} experts"
+    expected = f"at most {_MOST_LAYERS} layers and {_MOST_EXPERTS} experts"
+    return [_error("CONFIG_IMPLAUSIBLE", where, found, expected)]
 
 
 def _read_setting(
@@ -105,18 +120,19 @@ def _unknown_keys(config: dict[str, Any], family: Family, where: str) -> list[Fi
     custom_code = "auto_map" in config
     findings = []
     for key in sorted(config.keys() - known):
+        value = textwrap.shorten(repr(config[key]), 80)
         if config[key] and (custom_code or _ALTERS_ROUTING.search(key)):
             findings.append(
                 Finding(
                     level="error",
                     code="CONFIG_UNKNOWN",
                     where=where,
-                    found=f"{key} = {config[key]!r} is not part of {family.model_type} and may alter routing",
+                    found=f"{key} = {value} is not part of {family.model_type} and may alter routing",
                     fix="Remove the key if the model does not need it; custom model code is never run",
                 )
             )
         else:
-            found = f"{key} = {config[key]!r} is not part of family {family.model_type}; ignored"
+            found = f"{key} = {value} is not part of family {family.model_type}; ignored"
             findings.append(Finding(level="note", code="CONFIG_UNKNOWN", where=where, found=found))
     return findings
 

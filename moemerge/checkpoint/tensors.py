@@ -5,6 +5,7 @@ what its buffers take. The runner maps bundles by itself (`map_tensors`).
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +16,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from moemerge.checkpoint.headers import StoredTensor, read_header
-from moemerge.errors import DamagedInput, UnsupportedCheckpoint
+from moemerge.errors import DamagedInput, NotFound, UnsupportedCheckpoint
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,6 +32,7 @@ class TensorReader(AbstractContextManager["TensorReader"]):
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -43,7 +45,7 @@ class TensorReader(AbstractContextManager["TensorReader"]):
         """Fill `buffer` with the tensor's bytes from byte `offset` on.
 
         Raises:
-            DamagedInput: The file has become shorter since its header was read.
+            DamagedInput, NotFound: The file has become shorter or is gone since its header was read.
         """
         descriptor = self._open(tensor)
         done = 0
@@ -70,6 +72,20 @@ class TensorReader(AbstractContextManager["TensorReader"]):
             self.read_into(tensor, view, offset)
             yield view
 
+    def finite_chunks(self, tensor: StoredTensor) -> Iterator[memoryview]:
+        """As `chunks`, checked on the way.
+
+        Raises:
+            DamagedInput: NaN or infinity; the message names the tensor.
+        """
+        dtype = torch_dtype(tensor)
+        for chunk in self.chunks(tensor):
+            # A sum is finite only if every value is, and cheaper than testing each; it may overflow.
+            values = torch.frombuffer(chunk, dtype=dtype)
+            if dtype.is_floating_point and not values.sum().isfinite() and not values.isfinite().all():
+                raise DamagedInput(f"{tensor.path}: tensor {tensor.name} contains NaN or infinity")
+            yield chunk
+
     def digest(self, tensor: StoredTensor) -> str:
         """BLAKE3 of the tensor's bytes, in hexadecimal."""
         hasher = blake3()
@@ -89,9 +105,13 @@ class TensorReader(AbstractContextManager["TensorReader"]):
 
     def _open(self, tensor: StoredTensor) -> int:
         assert tensor.is_local, f"{tensor.path} has not been downloaded"
-        if tensor.path not in self._descriptors:
-            self._descriptors[tensor.path] = os.open(tensor.path, os.O_RDONLY)
-        return self._descriptors[tensor.path]
+        with self._opening:
+            if tensor.path not in self._descriptors:
+                try:
+                    self._descriptors[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+                except OSError as error:
+                    raise NotFound(f"{tensor.path}: cannot be opened any more ({error.strerror})") from error
+            return self._descriptors[tensor.path]
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

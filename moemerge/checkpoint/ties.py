@@ -17,8 +17,7 @@ def resolve_ties(checkpoint: Checkpoint, reader: TensorReader) -> Checkpoint:
     """
     tensors = dict(checkpoint.tensors)
     dropped = dict(checkpoint.dropped)
-    declares_tie = checkpoint.config.get("tie_word_embeddings", _default_tie(checkpoint))
-    if declares_tie and "head" in tensors:
+    if checkpoint.settings["tied_head"] and "head" in tensors:
         head = tensors.pop("head")
         _require_equal(checkpoint, reader, head, tensors["embedding"])
         dropped[head.name] = "copy of embedding"
@@ -27,8 +26,7 @@ def resolve_ties(checkpoint: Checkpoint, reader: TensorReader) -> Checkpoint:
         for name, role in checkpoint.family.tied_copies.items():
             if name in dropped:
                 _require_equal(checkpoint, reader, stored[name], tensors[role])
-    settings = {**checkpoint.settings, "tied_head": "head" not in tensors}
-    return replace(checkpoint, tensors=tensors, dropped=dropped, settings=settings)
+    return replace(checkpoint, tensors=tensors, dropped=dropped)
 
 
 def _require_equal(
@@ -41,7 +39,3 @@ def _require_equal(
         f"transformers 4.57 would drop it, 5.23 would use it; set tie_word_embeddings in config.json to "
         f"false to keep both, or remove {copy.name} from the file"
     )
-
-
-def _default_tie(checkpoint: Checkpoint) -> bool:
-    return bool(checkpoint.family.settings["tied_head"].default)

@@ -1,13 +1,16 @@
 """Open all variants of a consolidation together, from folders or the hub."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from moemerge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from moemerge.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config
 from moemerge.checkpoint.compatibility import compare_variants
+from moemerge.checkpoint.pickles import convert_pickles, default_cache
 from moemerge.checkpoint.repository import LocalFolder, Repository
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.ties import resolve_ties
-from moemerge.errors import Finding, MoemergeError, raise_findings
+from moemerge.checkpoint.weights import has_only_pickles
+from moemerge.errors import Finding, MoemergeError, UnsupportedCheckpoint, raise_findings
 from moemerge.progress import Progress
 from moemerge.refs import FolderRef, SourceRef
 
@@ -41,6 +44,8 @@ def open_variants(
     *,
     offline: bool = False,
     download: bool = True,
+    allow_pickle: bool = False,
+    pickle_cache: Path | None = None,
     progress: Progress | None = None,
 ) -> VariantSet:
     """Look at every source, refuse with all findings, and only then download weights.
@@ -50,6 +55,8 @@ def open_variants(
         base: Reference of the common ancestor.
         offline: Use the hub cache only.
         download: False to stop after the checks; then weights may not be readable.
+        allow_pickle: Convert checkpoints that have pickles only, without running what is in them.
+        pickle_cache: Where conversions are kept; `pickles.default_cache()` unless given.
         progress: Told of downloads.
 
     Raises:
@@ -57,7 +64,13 @@ def open_variants(
         MoemergeError: When one source fails for another reason, that reason, with all findings.
     """
     named = {**sources, **({_BASE: base} if base else {})}
-    repositories, checkpoints = _look_at_all(named, offline=offline)
+    repositories, opened = _look_at_all(named, offline=offline, allow_pickle=allow_pickle)
+    checkpoints = {}
+    for name, repository in repositories.items():
+        if name not in opened:
+            cache = pickle_cache or default_cache()
+            repositories[name] = _convert(repository, cache, progress, download=download)
+        checkpoints[name] = opened.get(name) or open_checkpoint(repositories[name])
     _check_together(checkpoints)
     if download:
         for name, repository in repositories.items():
@@ -82,20 +95,37 @@ def open_source(ref: SourceRef, *, offline: bool = False) -> Repository:
 
 
 def _look_at_all(
-    sources: dict[str, SourceRef], *, offline: bool
+    sources: dict[str, SourceRef], *, offline: bool, allow_pickle: bool
 ) -> tuple[dict[str, Repository], dict[str, Checkpoint]]:
+    """Every source, and its checkpoint unless pickles must be fetched and converted for that."""
     repositories: dict[str, Repository] = {}
     checkpoints: dict[str, Checkpoint] = {}
     failures: list[tuple[str, MoemergeError]] = []
     for name, ref in sources.items():
         try:
             repositories[name] = open_source(ref, offline=offline)
-            checkpoints[name] = open_checkpoint(repositories[name])
+            if allow_pickle and has_only_pickles(repositories[name]):
+                read_config(repositories[name])
+            else:
+                checkpoints[name] = open_checkpoint(repositories[name])
         except MoemergeError as error:
             failures.append((name, error))
     if failures:
         raise _combine(failures)
     return repositories, checkpoints
+
+
+def _convert(
+    repository: Repository, cache: Path, progress: Progress | None, *, download: bool
+) -> LocalFolder:
+    if isinstance(repository, LocalFolder):
+        return convert_pickles(repository, cache, progress)
+    if not download:
+        raise UnsupportedCheckpoint(
+            f"{repository.label}: weights are pickles, whose tensors are known only after a download. "
+            f"Run `moemerge pull` with --allow-pickle first"
+        )
+    return convert_pickles(_pull(repository, progress, allow_pickle=True), cache, progress)
 
 
 def _combine(failures: list[tuple[str, MoemergeError]]) -> MoemergeError:
@@ -119,8 +149,8 @@ def _check_together(checkpoints: dict[str, Checkpoint]) -> list[Finding]:
     return findings
 
 
-def _pull(repository: Repository, progress: Progress | None) -> LocalFolder:
+def _pull(repository: Repository, progress: Progress | None, *, allow_pickle: bool = False) -> LocalFolder:
     from moemerge.checkpoint import hub
 
     assert isinstance(repository, hub.HubRepository)
-    return hub.pull(repository, progress)
+    return hub.pull(repository, progress, allow_pickle=allow_pickle)

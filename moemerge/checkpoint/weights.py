@@ -5,6 +5,7 @@ checkpoint that cannot be read are refused here, each with what to do instead.
 """
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.repository import Repository, read_json
@@ -12,11 +13,15 @@ from moemerge.errors import DamagedInput, Finding, MissingTensors, UnsupportedCh
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLE_SINGLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 _PICKLES = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
 _QUANTISED_NAMES = re.compile(
     r"(qweight|qzeros|g_idx|absmax|quant_map|quant_state.*|SCB|weight_scale|weight_scale_inv|scale_inv"
-    r"|_blocks|_scales|weight_packed)$"
+    r"|_blocks|_scales|weight_packed|q_weight|q_scale|q_invperm)$"
 )
+# A hub repository answers many small requests; one after another they would take seconds.
+_PARALLEL_HEADERS = 8
 
 
 def find_weight_files(repository: Repository) -> list[str]:
@@ -28,10 +33,38 @@ def find_weight_files(repository: Repository) -> list[str]:
     """
     files = repository.files()
     if INDEX in files:
-        return sorted(set(_weight_map(repository).values()))
+        return sorted(set(_weight_map(repository, INDEX).values()))
     if SINGLE in files:
         return [SINGLE]
-    raise UnsupportedCheckpoint(f"{repository.label}: {_explain_no_weights(files)}")
+    raise UnsupportedCheckpoint(f"{repository.label}: {_explain_no_weights(repository)}")
+
+
+def has_only_pickles(repository: Repository) -> bool:
+    """Whether weights are there as pickles and not as safetensors, which would win."""
+    files = repository.files()
+    has_pickles = PICKLE_SINGLE in files or PICKLE_INDEX in files
+    return has_pickles and SINGLE not in files and INDEX not in files
+
+
+def find_pickle_files(repository: Repository) -> list[str]:
+    """Names of the pickles, in order; the index decides what they are called.
+
+    Raises:
+        DamagedInput: An index that is malformed or names files outside the folder.
+    """
+    if PICKLE_INDEX in repository.files():
+        return sorted(set(_weight_map(repository, PICKLE_INDEX).values()))
+    return [PICKLE_SINGLE]
+
+
+def require_files(repository: Repository, names: list[str], index: str) -> None:
+    """Raise `MissingTensors` unless every file that the index names is there."""
+    files = repository.files()
+    if missing := [name for name in names if name not in files]:
+        raise MissingTensors(
+            f"{repository.label}/{index}: names {len(missing)} files that do not exist; first {missing[0]}. "
+            f"Is the download complete?"
+        )
 
 
 def read_weight_headers(repository: Repository) -> dict[str, StoredTensor]:
@@ -42,23 +75,20 @@ def read_weight_headers(repository: Repository) -> dict[str, StoredTensor]:
         DamagedInput: A tensor in two files, or in another file than the index says.
         UnsupportedCheckpoint: As `find_weight_files`.
     """
-    files = repository.files()
     names = find_weight_files(repository)
-    if missing := [name for name in names if name not in files]:
-        raise MissingTensors(
-            f"{repository.label}/{INDEX}: names {len(missing)} files that do not exist; first {missing[0]}. "
-            f"Is the download complete?"
-        )
+    require_files(repository, names, INDEX)
+    with ThreadPoolExecutor(_PARALLEL_HEADERS) as pool:
+        headers = list(pool.map(repository.header, names))
     tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        for tensor_name, tensor in repository.header(name).items():
+    for name, header in zip(names, headers, strict=True):
+        for tensor_name, tensor in header.items():
             if tensor_name in tensors:
                 raise DamagedInput(
                     f"{repository.label}: tensor {tensor_name} is in both {tensors[tensor_name].path.name} "
                     f"and {name}; shards of two uploads?"
                 )
             tensors[tensor_name] = tensor
-    if INDEX in files:
+    if INDEX in repository.files():
         _check_index(repository, tensors)
     return tensors
 
@@ -86,13 +116,14 @@ def find_quantised(tensors: dict[str, StoredTensor], where: str) -> list[Finding
     ]
 
 
-def _weight_map(repository: Repository) -> dict[str, str]:
-    where = f"{repository.label}/{INDEX}"
-    weight_map = read_json(repository, INDEX).get("weight_map")
+def _weight_map(repository: Repository, index: str) -> dict[str, str]:
+    where = f"{repository.label}/{index}"
+    ending = "bin" if index == PICKLE_INDEX else "safetensors"
+    weight_map = read_json(repository, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DamagedInput(f"{where}: no weight_map")
     for tensor_name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file_name):
+        if not isinstance(file_name, str) or not re.fullmatch(rf"[\w.-]+\.{ending}", file_name):
             raise DamagedInput(
                 f"{where}: {tensor_name} is said to be in {file_name!r}, which is not a file of the folder"
             )
@@ -101,7 +132,7 @@ def _weight_map(repository: Repository) -> dict[str, str]:
 
 def _check_index(repository: Repository, tensors: dict[str, StoredTensor]) -> None:
     where = f"{repository.label}/{INDEX}"
-    weight_map = _weight_map(repository)
+    weight_map = _weight_map(repository, INDEX)
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise MissingTensors(
@@ -116,23 +147,31 @@ def _check_index(repository: Repository, tensors: dict[str, StoredTensor]) -> No
             )
 
 
-def _explain_no_weights(files: dict[str, int]) -> str:
+def _explain_no_weights(repository: Repository) -> str:
+    files = repository.files()
     if "adapter_config.json" in files:
+        base = read_json(repository, "adapter_config.json").get("base_model_name_or_path") or "unknown"
         return (
-            "an adapter without its base model; merge it into the base first "
-            "(peft: model.merge_and_unload().save_pretrained(...)) and give that folder"
+            f"adapter_config.json says that this is an adapter of {base}, without the weights of that model. "
+            f"Merge it into them first (peft: model.merge_and_unload().save_pretrained(...)) "
+            f"and give that folder"
         )
-    if any(_PICKLES.fullmatch(name) for name in files):
+    if has_only_pickles(repository):
         return (
-            "weights are pickles (pytorch_model*.bin), which can run code when opened; "
-            "use a revision with safetensors, or convert it with transformers' save_pretrained"
+            f"weights are pickles ({PICKLE_SINGLE if PICKLE_SINGLE in files else PICKLE_INDEX}), which can "
+            f"run code when opened. Use a revision with safetensors, or pass --allow-pickle to convert them "
+            f"with a reader that runs nothing"
         )
-    if any(name.endswith(".gguf") for name in files):
-        return "only GGUF files, another runtime's format; use the original repository"
-    if any(name.startswith("consolidated") for name in files):
-        return "only the publisher's raw layout (consolidated*); use the converted files"
-    if any(name.endswith((".msgpack", ".h5", ".onnx")) for name in files):
-        return "only Flax, TensorFlow or ONNX weights; no PyTorch weights"
+    if shards := [name for name in files if _PICKLES.fullmatch(name)]:
+        return f"{shards[0]} is a shard, but there is no {PICKLE_INDEX}. Is the download complete?"
     if any(name.startswith("gptq_model") or name == "quantize_config.json" for name in files):
-        return "quantised by GPTQ; use the unquantised repository"
+        return "quantised by GPTQ (gptq_model-*); use the unquantised repository"
+    if gguf := [name for name in files if name.endswith(".gguf")]:
+        return f"only GGUF files ({gguf[0]}), another runtime's format; use the original repository"
+    if "measurement.json" in files:
+        return "measurement.json belongs to EXL2, another runtime's format; use the original repository"
+    if raw := [name for name in files if name.startswith("consolidated")]:
+        return f"only the publisher's raw layout ({raw[0]}); use the converted files"
+    if other := [name for name in files if name.endswith((".msgpack", ".h5", ".onnx"))]:
+        return f"only Flax, TensorFlow or ONNX weights ({other[0]}); use a revision with PyTorch weights"
     return f"no weights: neither {SINGLE} nor {INDEX}. Is the download complete?"

@@ -54,7 +54,7 @@ def build_model(
 
     Args:
         arithmetic: Which of the two.
-        settings: Exactly the fields of `DecoderConfig` or `EncoderDecoderConfig`.
+        settings: At least the fields of `DecoderConfig` or `EncoderDecoderConfig`.
         weights: Non-expert tensors by role, read at each forward pass.
         experts: The routed experts, asked for at each forward pass.
         on_route: Told every routing decision; see `RouteObserver`.

@@ -69,9 +69,8 @@ class Decoder:
         num_keys = token_ids_BT.shape[1] + (0 if cache is None else cache.length)
         is_ragged = cache is not None and cache.is_ragged
         visibility = causal_visibility(positions_BT, num_keys, config.sliding_window, is_ragged)
-        tables = rotary_tables(positions_BT, config.head_size, config.rope_theta)
-
         hidden_BTD = functional.embedding(token_ids_BT, self.weights["embedding"])
+        tables = rotary_tables(positions_BT, config.head_size, config.rope_theta, hidden_BTD.dtype)
         for layer_index in range(config.num_layers):
             hidden_BTD = hidden_BTD + self._attention(layer_index, hidden_BTD, tables, visibility, cache)
             hidden_BTD = hidden_BTD + self._experts(layer_index, hidden_BTD)

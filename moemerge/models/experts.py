@@ -118,6 +118,8 @@ def expert_product(hidden_TD: Tensor, route: Route, layer: ExpertLayer, activati
     Returns:
         [T, D] in the dtype of `hidden_TD`; zero for a token whose gates are all zero.
     """
+    if len(hidden_TD) == 1:
+        return expert_product_plain(hidden_TD, route, layer, activation)  # sorting one token only costs
     pool_TK = layer.slot_to_pool[route.slots_TK]
     gates_TK = add_shared_gates(pool_TK, route.gates_TK)
     token_C, choice_C = gates_TK.nonzero(as_tuple=True)
@@ -169,5 +171,6 @@ def expert_product_plain(
         for pool_index, gate in gate_of_pool.items():
             if gate != 0.0:
                 one_token_1D = hidden_TD[token : token + 1]
-                output_TD[token] += gate * expert_output(one_token_1D, layer, pool_index, activation)[0]
+                one_output = expert_output(one_token_1D, layer, pool_index, activation)
+                output_TD[token] += gate * one_output[0].float()
     return output_TD.to(hidden_TD.dtype)

@@ -14,29 +14,25 @@ from torch.nn import functional
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and sines, float32 [B or 1, 1, T, h], both halves of a head alike."""
+    """Cosines and sines, [B or 1, 1, T, h], both halves of a head alike."""
 
     cosine: Tensor
     sine: Tensor
 
 
-def rotary_tables(positions_BT: Tensor, head_size: int, theta: float) -> RotaryTables:
-    """Tables for inverse frequencies `theta^(-2i/h)`."""
+def rotary_tables(positions_BT: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> RotaryTables:
+    """Tables for inverse frequencies `theta^(-2i/h)`, computed in float32 and cast once."""
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions_BT.device) / head_size
     angles = positions_BT.float()[:, None, :, None] * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
-    return RotaryTables(angles.cos(), angles.sin())
+    return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def rotate(heads_BHTh: Tensor, tables: RotaryTables) -> Tensor:
-    """Rotary embedding in the half-split form: entry i of a head is paired with entry i + h/2.
-
-    Tables are cast to the dtype of the heads before they are applied, as the reference does.
-    """
+    """Rotary embedding in the half-split form: entry i of a head is paired with entry i + h/2."""
     first, second = heads_BHTh.chunk(2, dim=-1)
     swapped = torch.cat((-second, first), dim=-1)
-    cosine, sine = tables.cosine.to(heads_BHTh.dtype), tables.sine.to(heads_BHTh.dtype)
-    return heads_BHTh * cosine + swapped * sine
+    return heads_BHTh * tables.cosine + swapped * tables.sine
 
 
 def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:

@@ -1,0 +1,33 @@
+"""Names of files and tensors inside a bundle."""
+
+POOL_METADATA = {"format": "pt"}
+
+
+def pool_file(layer_index: int) -> str:
+    """File of a layer's pool."""
+    return f"pool/layer-{layer_index:05d}.safetensors"
+
+
+def pool_tensor(index: int, part: str) -> str:
+    """Name of one part of a pool expert; sorting by name keeps an expert's parts together."""
+    return f"e{index:05d}.{part}"
+
+
+def shared_file(number: int) -> str:
+    """File of non-expert tensors that several variants have; counted from 1."""
+    return f"shared/tensors-{number:05d}.safetensors"
+
+
+def variant_file(name: str) -> str:
+    """File of the non-expert tensors that only one variant has."""
+    return f"variants/{name}/tensors.safetensors"
+
+
+def side_file(variant: str, name: str) -> str:
+    """Place of a variant's tokenizer, config or template file."""
+    return f"variants/{variant}/{name}"
+
+
+def licence_file(variant: str, name: str) -> str:
+    """Place of a variant's licence text."""
+    return f"LICENSES/{variant}-{name}"

@@ -1,0 +1,134 @@
+"""Prove that a bundle is whole: every byte, every tensor, every map."""
+
+import re
+from pathlib import Path
+
+from moemerge.bundle.manifest import CHECKSUMS, read_manifest
+from moemerge.bundle.reader import Bundle, open_bundle
+from moemerge.bundle.writer import format_checksums
+from moemerge.checkpoint.digest import hash_file
+from moemerge.checkpoint.family import evaluate_shape
+from moemerge.errors import DamagedBundle, DamagedInput, Finding, MoemergeError
+from moemerge.progress import Progress, Silent
+
+_CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+
+
+def verify_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
+    """Check hashes, the completeness ledger, geometry and expert maps.
+
+    Args:
+        folder: The bundle.
+        progress: Told of the bytes hashed.
+
+    Returns:
+        The bundle, proven whole.
+
+    Raises:
+        DamagedBundle: With a finding for everything that is wrong.
+        NotFound, UnsupportedCheckpoint: Not a readable bundle at all.
+    """
+    findings = check_hashes(folder, progress or Silent())
+    try:
+        bundle = open_bundle(folder)
+        findings += check_ledger(bundle)
+    except DamagedInput as error:
+        findings.append(_damaged("UNREADABLE", str(folder), str(error)))
+    except MoemergeError:
+        # Not a bundle, or of another format: its own error says more, unless bytes are damaged.
+        if not findings:
+            raise
+    if findings:
+        lines = "\n".join(f"  - {finding}" for finding in findings)
+        raise DamagedBundle(f"{folder}: {len(findings)} problems\n{lines}", findings)
+    return bundle
+
+
+def check_hashes(folder: Path, progress: Progress) -> list[Finding]:
+    """Compare every file with `SHA256SUMS`, and the set of files with the list.
+
+    Raises:
+        NotFound, UnsupportedCheckpoint: Not a bundle.
+    """
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        read_manifest(folder)
+        return [_damaged("FILE_MISSING", str(path), "is missing", "the list of all files")]
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    matches = [_CHECKSUM_LINE.fullmatch(line) for line in text.split("\n")[:-1]]
+    listed = {match[2]: match[1] for match in matches if match}
+    if None in matches or text != format_checksums(listed):
+        return [_damaged("CHECKSUMS", str(path), "is not in the form that was written")]
+    present = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if not p.is_dir()}
+    present.pop(CHECKSUMS)
+    findings = [
+        _damaged("FILE_MISSING", name, "is missing") for name in sorted(listed.keys() - present.keys())
+    ]
+    findings += [
+        Finding(
+            level="error", code="FILE_UNKNOWN", where=name, found="is not part of the bundle", fix="Remove it"
+        )
+        for name in sorted(present.keys() - listed.keys())
+    ]
+    common = sorted(listed.keys() & present.keys())
+    progress.start("verify", sum(present[name].stat().st_size for name in common))
+    for name in common:
+        if hash_file(present[name], progress.advance) != listed[name]:
+            findings.append(_damaged("HASH", name, "was changed since it was written"))
+    return findings
+
+
+def check_ledger(bundle: Bundle) -> list[Finding]:
+    """Every tensor of every variant is there, with the shape its settings give, and nothing else is.
+
+    Raises:
+        DamagedInput: A file cannot be read as what it should be.
+    """
+    findings: list[Finding] = []
+    used: dict[str, set[str]] = {}
+    for layer in bundle.manifest.layers:
+        bundle.pool(layer.index)
+    for name, entry in bundle.manifest.variants.items():
+        symbols = bundle.family.symbols(entry.settings)
+        tensors = bundle.tensors(name)
+        for role, names, pattern in bundle.family.expected_tensors(entry.settings):
+            if role not in tensors:
+                if not (pattern.tied_to and entry.settings.get("tied_head")):
+                    findings.append(_damaged("TENSOR_MISSING", f"variant {name}", f"{names[0]} is missing"))
+                continue
+            used.setdefault(entry.tensors[names[0]], set()).add(names[0])
+            shape = evaluate_shape(pattern.shape, symbols)
+            if tensors[role].shape != shape:
+                found = f"{names[0]} has shape {list(tensors[role].shape)}"
+                findings.append(_damaged("SHAPE", f"variant {name}", found, str(list(shape))))
+        expected = [layer.index for layer in bundle.family.routed_layers(entry.settings)]
+        if expected != [layer.index for layer in bundle.manifest.layers]:
+            findings.append(_damaged("LAYERS", f"variant {name}", "has other routed layers than the pool"))
+    findings += _unclaimed(bundle, used)
+    return findings
+
+
+def _unclaimed(bundle: Bundle, used: dict[str, set[str]]) -> list[Finding]:
+    findings = [
+        _damaged("TENSOR_UNKNOWN", file, f"{name} belongs to no variant")
+        for file, names in used.items()
+        for name in sorted(bundle.stored_names(file) - names)
+    ]
+    for layer in bundle.manifest.layers:
+        mapped = {index for entry in bundle.manifest.variants.values() for index in entry.maps[layer.index]}
+        findings += [
+            _damaged("POOL_UNUSED", layer.file, f"pool expert {index} is in no expert map")
+            for index in sorted(set(range(layer.num_experts)) - mapped)
+        ]
+    return findings
+
+
+def _damaged(code: str, where: str, found: str, expected: str = "") -> Finding:
+    return Finding(
+        level="error",
+        code=code,
+        where=where,
+        found=found,
+        expected=expected,
+        fix="Copy or build the bundle again",
+    )

@@ -1,0 +1,163 @@
+"""Checkpoints that have only pickles: converted to safetensors once, without running what is in them.
+
+A pickle is a program. torch's weights-only reader runs none of it and knows tensors and containers
+alone; whatever else a file asks for is refused. Knows nothing of families.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from filelock import FileLock
+from torch import Tensor
+
+from moemerge.checkpoint.disk import check_disk
+from moemerge.checkpoint.repository import LocalFolder, find_side_files
+from moemerge.checkpoint.tensors import TORCH_DTYPES
+from moemerge.checkpoint.weights import INDEX, PICKLE_INDEX, SINGLE, find_pickle_files, require_files
+from moemerge.checkpoint.writer import memory_tensor, write_tensors, write_text
+from moemerge.errors import DamagedInput, UnsupportedCheckpoint
+from moemerge.progress import Progress, Silent
+
+_SAMPLE_BYTES = 64 * 1024
+
+
+def default_cache() -> Path:
+    """Where conversions are kept: `$XDG_CACHE_HOME/moemerge/pickles`, by default in `~/.cache`."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "moemerge" / "pickles"
+
+
+def convert_pickles(folder: LocalFolder, cache: Path, progress: Progress | None = None) -> LocalFolder:
+    """The same checkpoint with safetensors files, converted unless `cache` has it already.
+
+    Every tensor keeps its name, dtype and bytes; tied copies become tensors of their own, for
+    `resolve_ties` to compare. One file is open at a time, mapped rather than read.
+
+    Args:
+        folder: Has `pytorch_model.bin`, or an index of such files.
+        cache: Folder of conversions; each is complete or not there.
+        progress: Told of bytes converted.
+
+    Raises:
+        UnsupportedCheckpoint: A file holds more than tensors by name; nothing of it was run.
+        DamagedInput, MissingTensors: A file is damaged or missing.
+        NotEnoughRoom: The disk of `cache` is too small.
+    """
+    names = find_pickle_files(folder)
+    require_files(folder, names, PICKLE_INDEX)
+    key = _digest(folder, names)
+    target = cache / key
+    # The lock is beside the cache's entries because a conversion is renamed as a whole.
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{key}.lock"):
+        if not target.exists():
+            check_disk(cache, sum(folder.files()[name] for name in names), f"converting {folder.label}")
+            _convert(folder, names, cache / f"{key}.tmp", target, progress or Silent())
+    return LocalFolder(target, folder.label, folder.origin)
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """Tensors of a pickle by name, mapped from the file.
+
+    Raises:
+        UnsupportedCheckpoint: It asks for code, or holds anything but tensors by name.
+        DamagedInput: It cannot be read.
+    """
+    try:
+        # Files of torch before 1.6 are no archives and cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        asks = f"asks to run {wanted[1]}" if wanted else "is not a file of weights only"
+        raise UnsupportedCheckpoint(
+            f"{path}: refused: the pickle {asks}; nothing of it was run. Use a checkpoint with safetensors"
+        ) from error
+    except Exception as error:  # a reader of hostile bytes may fail in any way, and no way is a bug here
+        raise DamagedInput(
+            f"{path}: not a readable pickle ({_first_line(error)}). Download it again"
+        ) from error
+    return _require_tensors(path, content)
+
+
+def _require_tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, dict) or not content:
+        raise UnsupportedCheckpoint(f"{path}: holds a {type(content).__name__}, expected tensors by name")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UnsupportedCheckpoint(
+                f"{path}: {name!r} is a {type(value).__name__}, expected a tensor. Is this a training state?"
+            )
+        if value.layout != torch.strided or value.dtype not in TORCH_DTYPES.values():
+            raise UnsupportedCheckpoint(f"{path}: {name} is stored as {value.dtype}, {value.layout}")
+    return {name: value.detach() for name, value in content.items()}
+
+
+def _convert(folder: LocalFolder, names: list[str], staging: Path, target: Path, report: Progress) -> None:
+    if staging.exists():
+        shutil.rmtree(staging)  # of a run that was killed; the lock is ours
+    staging.mkdir()
+    try:
+        _write_weights(folder, names, staging, report)
+        for name in find_side_files(folder):
+            shutil.copyfile(folder.path / name, staging / name)
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _write_weights(folder: LocalFolder, names: list[str], staging: Path, report: Progress) -> None:
+    sizes = folder.files()
+    report.start(f"convert {folder.label}", sum(sizes[name] for name in names))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, name in enumerate(names, start=1):
+        file_name = SINGLE if len(names) == 1 else f"model-{number:05d}-of-{len(names):05d}.safetensors"
+        tensors = load_pickle(folder.path / name)
+        if repeated := tensors.keys() & weight_map.keys():
+            raise DamagedInput(
+                f"{folder.path / name}: {min(repeated)} is in another file as well; shards of two uploads?"
+            )
+        write_tensors(
+            staging / file_name,
+            [memory_tensor(key, tensor) for key, tensor in tensors.items()],
+            {"format": "pt"},
+        )
+        weight_map |= dict.fromkeys(tensors, file_name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        report.advance(sizes[name])
+    if len(names) > 1:
+        write_text(staging / INDEX, _index(weight_map, total))
+
+
+def _index(weight_map: dict[str, str], total: int) -> str:
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _digest(folder: LocalFolder, names: list[str]) -> str:
+    """Of sizes, three stretches of each pickle, whose end holds the check sums, and small files whole."""
+    hasher = blake3()
+    sizes = folder.files()
+    for name in names:
+        hasher.update(f"{name} {sizes[name]}\n".encode())
+        with (folder.path / name).open("rb") as file:
+            for offset in (0, sizes[name] // 2, max(0, sizes[name] - _SAMPLE_BYTES)):
+                file.seek(offset)
+                hasher.update(file.read(_SAMPLE_BYTES))
+    for name in find_side_files(folder):
+        raw = folder.read_bytes(name)
+        hasher.update(f"{name} {len(raw)}\n".encode() + raw)
+    return hasher.hexdigest(16)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

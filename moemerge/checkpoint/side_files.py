@@ -1,0 +1,43 @@
+"""Files of a checkpoint besides its weights: configuration, tokenizer, templates, licence."""
+
+import re
+
+from moemerge.checkpoint.repository import Repository
+
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_LICENCE_FILE = re.compile(r"(licen[cs]e|copying|notice|use_policy)([._-].*)?", re.IGNORECASE)
+
+
+def side_files(repository: Repository) -> list[str]:
+    """Names of the files that a variant needs to be used, as far as it has them."""
+    present = repository.files()
+    templates = [name for name in present if name.endswith(".jinja") and name not in SIDE_FILES]
+    return [name for name in SIDE_FILES if name in present] + templates
+
+
+def licence_files(repository: Repository) -> list[str]:
+    """Names of licence texts and notices."""
+    return [name for name in repository.files() if _LICENCE_FILE.fullmatch(name)]
+
+
+def find_licence(repository: Repository) -> str | None:
+    """The licence that the model card's metadata names, if it does."""
+    if "README.md" not in repository.files():
+        return None
+    card = repository.read_bytes("README.md").decode("utf-8", errors="replace")
+    front = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    match = re.search(r"^license:\s*[\"']?([\w.-]+)", front[1], re.MULTILINE) if front else None
+    return match[1] if match else None

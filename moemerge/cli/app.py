@@ -1,0 +1,45 @@
+"""The program: its commands in the order of the work."""
+
+import typer
+
+from moemerge.cli import demo, export, merge, plan, pull, run, show, similarity, verify
+from moemerge.cli.command import command, install_signal_handlers
+
+app = typer.Typer(
+    name="moemerge",
+    help="Consolidate the experts of several fine-tuned MoE checkpoints into one bundle, and run it.",
+    epilog="Exit codes: 0 done, 1 internal error, 2 usage, 3 recipe or option values, 4 incompatible inputs, "
+    "5 not found or not authorised, 6 network, 7 not enough disk or memory, 8 damaged, 9 quality gate, 10 busy.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from moemerge import __version__
+
+        typer.echo(f"moemerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    pass
+
+
+for module in (pull, show, similarity, plan, merge, verify, export, run, demo):
+    name = module.__name__.rpartition(".")[2]
+    app.command(name)(command(getattr(module, name)))
+
+
+def main() -> None:
+    """Run the program."""
+    install_signal_handlers()
+    app()

@@ -1,0 +1,142 @@
+"""Work in progress: a folder beside the target, a journal of what is finished, and a lock.
+
+A step's outcome is final when its line is in the journal; a killed run continues after the last
+whole line whose files are as it says. The target appears by one rename.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from moemerge.checkpoint.digest import hash_file
+from moemerge.errors import Busy, InvalidRecipe, NotEnoughRoom
+
+_JOURNAL = "journal.jsonl"
+
+
+class Staging:
+    """The staging folder of one target, held by one process."""
+
+    def __init__(self, folder: Path, task: str) -> None:
+        self.folder = folder
+        self._journal = folder / _JOURNAL
+        self._steps = self._read_journal(task)
+
+    def finished(self, step: str) -> dict[str, Any] | None:
+        """What `finish` was told of a step, if its files are still as they were then."""
+        record = self._steps.get(step)
+        if record is None:
+            return None
+        for name, digest in record["files"].items():
+            path = self.folder / name
+            if not path.is_file() or hash_file(path) != digest:
+                return None
+        result: dict[str, Any] = record["result"]
+        return result
+
+    def finish(self, step: str, files: dict[str, str], result: dict[str, Any] | None = None) -> None:
+        """Make a step final.
+
+        Args:
+            step: Its name.
+            files: SHA-256 by path relative to the staging folder.
+            result: Whatever a continued run needs.
+        """
+        record = {"step": step, "files": files, "result": result or {}}
+        self._append(record)
+        self._steps[step] = record
+
+    def files(self) -> dict[str, str]:
+        """SHA-256 of every file of finished steps."""
+        return {name: digest for record in self._steps.values() for name, digest in record["files"].items()}
+
+    def publish(self, target: Path, keep: set[str]) -> None:
+        """Drop everything but `keep` (paths relative to the folder) and rename to the target."""
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.folder).as_posix() not in keep:
+                path.unlink()
+        self.folder.replace(target)
+
+    def _read_journal(self, task: str) -> dict[str, dict[str, Any]]:
+        lines = self._whole_lines()
+        try:
+            records = [json.loads(line) for line in lines]
+            if records and records[0] == {"task": task}:
+                return {record["step"]: record for record in records[1:]}
+        except (ValueError, KeyError, TypeError):
+            pass
+        # Another task, or a journal that was cut within its first line: nothing to continue.
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        self._append({"task": task})
+        return {}
+
+    def _whole_lines(self) -> list[bytes]:
+        """The journal's lines; one that a killed run left unfinished is cut off the file."""
+        if not self._journal.exists():
+            return []
+        text = self._journal.read_bytes()
+        end = text.rfind(b"\n") + 1
+        if end < len(text):
+            os.truncate(self._journal, end)
+        return text[:end].splitlines()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record, sort_keys=True).encode() + b"\n"
+        with self._journal.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def open_staging(target: Path, task: str, *, restart: bool = False) -> Iterator[Staging]:
+    """The staging folder beside `target`, locked.
+
+    Args:
+        target: What will appear.
+        task: Identifies the work; a folder left by other work is discarded.
+        restart: Discard what is there.
+
+    Raises:
+        InvalidRecipe: The target exists.
+        Busy: Another process works on the same target.
+        NotEnoughRoom: The disk cannot be written.
+    """
+    folder = staging_folder(target)
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise Busy(
+            f"{target}: another moemerge is writing it; wait for it or choose another output"
+        ) from error
+    except OSError as error:
+        raise NotEnoughRoom(
+            f"{target.parent}: cannot be written ({error.strerror}); choose another output"
+        ) from error
+    try:
+        if target.exists():
+            raise InvalidRecipe(f"{target} exists already; remove it or choose another output")
+        if restart and folder.exists():
+            shutil.rmtree(folder)
+        yield Staging(folder, task)
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def staging_folder(target: Path) -> Path:
+    """Where the work for a target is kept until it is complete."""
+    return target.with_name(f".{target.name}.staging")

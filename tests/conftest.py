@@ -1,0 +1,15 @@
+"""What every test may use. Checkpoints come from `tests.factories`."""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# No test may reach the real hub; those that need one start their own (`tests/e2e/hub_server.py`).
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+torch.set_num_threads(2)
+settings.register_profile("moemerge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("moemerge")

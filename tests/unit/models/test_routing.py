@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+
+from moemerge.models.routing import softmax_topk, softmax_topk_renormalised, switch_top1, topk_softmax
+
+LOGITS = torch.tensor([[1.0, 3.0, 2.0, -1.0]])
+
+
+def exponentials(*logits):
+    return [math.exp(logit) for logit in logits]
+
+
+def test_softmax_topk_keeps_the_probabilities_over_all_slots():
+    route = softmax_topk(LOGITS, 2)
+    total = sum(exponentials(1, 3, 2, -1))
+    assert route.slots_TK.tolist() == [[1, 2]]
+    assert route.gates_TK[0].tolist() == pytest.approx([e / total for e in exponentials(3, 2)])
+
+
+def test_renormalised_gates_sum_to_one():
+    route = softmax_topk_renormalised(LOGITS, 2)
+    total = sum(exponentials(3, 2))
+    assert route.slots_TK.tolist() == [[1, 2]]
+    assert route.gates_TK[0].tolist() == pytest.approx([e / total for e in exponentials(3, 2)])
+
+
+def test_topk_softmax_equals_renormalised_softmax_up_to_rounding():
+    logits = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    first, second = topk_softmax(logits, 3), softmax_topk_renormalised(logits, 3)
+    assert torch.equal(first.slots_TK, second.slots_TK)
+    torch.testing.assert_close(first.gates_TK, second.gates_TK, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("routing", [softmax_topk, softmax_topk_renormalised, topk_softmax])
+def test_gates_are_float32_whatever_the_logits_are(routing):
+    route = routing(torch.tensor([[0.1, 0.7, 0.3]], dtype=torch.bfloat16), 2)
+    exact = routing(torch.tensor([[0.1, 0.7, 0.3]], dtype=torch.bfloat16).double(), 2)
+    assert route.gates_TK.dtype == torch.float32
+    torch.testing.assert_close(route.gates_TK, exact.gates_TK, atol=1e-6, rtol=0)
+
+
+def switch_logits(slots: list[list[int]], num_slots: int = 3) -> torch.Tensor:
+    return 4.0 * torch.nn.functional.one_hot(torch.tensor(slots), num_slots).float()
+
+
+def test_switch_serves_the_first_tokens_of_each_slot_and_row():
+    logits = switch_logits([[0, 0, 1, 0, 0, 1], [1, 0, 0, 1, 1, 0]])
+    route = switch_top1(logits, capacity=2, dtype=torch.float32)
+    assert route.slots_TK[:, 0].tolist() == [0, 0, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0]
+    is_served = [True, True, True, False, False, True, True, True, True, True, False, False]
+    assert (route.gates_TK[:, 0] > 0).tolist() == is_served
+
+
+def test_switch_gate_is_the_best_probability_and_not_renormalised():
+    route = switch_top1(switch_logits([[2]]), capacity=1, dtype=torch.float32)
+    assert route.gates_TK.item() == pytest.approx(math.exp(4) / (math.exp(4) + 2))
+
+
+def test_switch_rounds_probabilities_to_the_model_dtype_before_choosing():
+    logits = torch.tensor([[[1.0, 1.0 + 1e-5]]])
+    assert switch_top1(logits, 1, torch.float32).slots_TK.item() == 1
+    route = switch_top1(logits, 1, torch.bfloat16)
+    assert route.slots_TK.item() == 0
+    assert route.gates_TK.dtype == torch.float32
+    assert route.gates_TK.item() == 0.5
