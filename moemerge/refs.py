@@ -87,6 +87,15 @@ def parse_source(text: str) -> SourceRef:
     raise InvalidRecipe(f"{text!r} is neither an existing folder nor of the form org/name[@revision]")
 
 
+def parse_repository(text: str) -> HubRef:
+    """The hub repository that `text` names.
+
+    Raises:
+        InvalidRecipe: Not of the form `org/name[@revision]`.
+    """
+    return _parse_hub(text.removeprefix("hf://"), text)
+
+
 def _parse_hub(text: str, original: str) -> HubRef:
     repository, at, revision = text.partition("@")
     if not _REPOSITORY.fullmatch(repository) or (at and not re.fullmatch(r"[\w./-]+", revision)):

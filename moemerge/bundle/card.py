@@ -103,4 +103,3 @@ moemerge export {name} -v VARIANT -o FOLDER    # an ordinary checkpoint again
 moemerge verify {name}
 ```
 """
-

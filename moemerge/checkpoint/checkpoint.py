@@ -4,12 +4,13 @@ Opened from headers alone, so all of this works before weights are downloaded.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint.family import Family, RoutedLayer, Settings, effective_step, find_family
 from moemerge.checkpoint.headers import FLOAT_DTYPES, StoredTensor
 from moemerge.checkpoint.match import MatchedTensors, match_tensors
-from moemerge.checkpoint.repository import Repository, read_json
+from moemerge.checkpoint.repository import LocalFolder, Repository, read_json
 from moemerge.checkpoint.settings import read_settings
 from moemerge.checkpoint.weights import find_quantised, read_weight_headers
 from moemerge.errors import Finding, UnsupportedCheckpoint, raise_findings
@@ -66,6 +67,12 @@ class Checkpoint:
     def is_local(self) -> bool:
         """Whether the weights can be read without a download."""
         return all(tensor.is_local for tensor in self.tensors.values())
+
+    def side_file(self, name: str) -> Path | None:
+        """Place of a tokenizer, template or configuration file, if it is there and local."""
+        if not isinstance(self.repository, LocalFolder) or name not in self.repository.files():
+            return None
+        return self.repository.path / name
 
     def dtype_bytes(self) -> dict[str, int]:
         """Bytes per stored dtype, largest first."""

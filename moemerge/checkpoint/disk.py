@@ -8,15 +8,19 @@ from moemerge.checkpoint.sizes import format_size
 from moemerge.errors import NotEnoughRoom
 
 
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk that holds `folder`, which need not exist yet."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
 def check_disk(folder: Path, needed: int, purpose: str) -> None:
     """Make sure that `folder`, which need not exist yet, can take `needed` bytes.
 
     Raises:
         NotEnoughRoom: Too little free space, or the place cannot be written.
     """
-    absolute = folder.absolute()
-    existing = next(parent for parent in [absolute, *absolute.parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
+    existing = _existing(folder)
+    free = free_bytes(folder)
     if needed > free:
         raise NotEnoughRoom(
             f"{purpose} needs {format_size(needed)} in {existing}, {format_size(free)} are free. "
@@ -24,3 +28,8 @@ def check_disk(folder: Path, needed: int, purpose: str) -> None:
         )
     if not os.access(existing, os.W_OK):
         raise NotEnoughRoom(f"{existing}: cannot be written. Choose another place")
+
+
+def _existing(folder: Path) -> Path:
+    absolute = folder.absolute()
+    return next(parent for parent in [absolute, *absolute.parents] if parent.exists())

@@ -197,7 +197,9 @@ def find_cached(ref: HubRef) -> LocalFolder:
         raise NetworkFailure(
             f"{ref}: offline, and not in the cache {constants.HF_HUB_CACHE}. {hint}"
         ) from error
-    folder = LocalFolder(Path(path), f"{ref.repository}@{Path(path).name[:8]}", f"{ref.repository}@{Path(path).name}")
+    folder = LocalFolder(
+        Path(path), f"{ref.repository}@{Path(path).name[:8]}", f"{ref.repository}@{Path(path).name}"
+    )
     if missing := _missing_weights(folder):
         raise NetworkFailure(
             f"{ref}: offline, and not completely in the cache {constants.HF_HUB_CACHE}: "

@@ -1,7 +1,9 @@
 """Open all variants of a consolidation together, from folders or the hub."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moemerge.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config
 from moemerge.checkpoint.compatibility import compare_variants
@@ -12,7 +14,10 @@ from moemerge.checkpoint.ties import resolve_ties
 from moemerge.checkpoint.weights import has_only_pickles
 from moemerge.errors import Finding, MoemergeError, UnsupportedCheckpoint, raise_findings
 from moemerge.progress import Progress
-from moemerge.refs import FolderRef, SourceRef
+from moemerge.refs import FolderRef, HubRef, SourceRef
+
+if TYPE_CHECKING:
+    from moemerge.checkpoint.hub import HubRepository
 
 # Not a possible variant name, so that a variant may be called base.
 _BASE = "(base)"
@@ -92,6 +97,19 @@ def open_source(ref: SourceRef, *, offline: bool = False) -> Repository:
     from moemerge.checkpoint import hub
 
     return hub.find_cached(ref) if offline else hub.HubRepository(ref)
+
+
+def look_at_repositories(refs: Sequence[HubRef], *, allow_pickle: bool = False) -> "list[HubRepository]":
+    """Hub repositories, each checked by its configuration and headers; nothing is downloaded.
+
+    Raises:
+        MoemergeError: With the findings of every repository that cannot be read.
+    """
+    from moemerge.checkpoint.hub import HubRepository
+
+    named: dict[str, SourceRef] = {str(ref): ref for ref in refs}
+    repositories, _ = _look_at_all(named, offline=False, allow_pickle=allow_pickle)
+    return [repository for repository in repositories.values() if isinstance(repository, HubRepository)]
 
 
 def _look_at_all(

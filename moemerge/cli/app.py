@@ -9,7 +9,8 @@ app = typer.Typer(
     name="moemerge",
     help="Consolidate the experts of several fine-tuned MoE checkpoints into one bundle, and run it.",
     epilog="Exit codes: 0 done, 1 internal error, 2 usage, 3 recipe or option values, 4 incompatible inputs, "
-    "5 not found or not authorised, 6 network, 7 not enough disk or memory, 8 damaged, 9 quality gate, 10 busy.",
+    "5 not found or not authorised, 6 network, 7 not enough disk or memory, 8 damaged, 9 quality gate, "
+    "10 busy, 130 and 143 stopped and resumable.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

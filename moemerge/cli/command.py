@@ -92,7 +92,9 @@ def _raise_terminated(number: int, frame: object) -> NoReturn:
 
 def _report(error: MoemergeError, name: str, *, as_json: bool) -> None:
     if as_json:
-        findings = error.findings or (Finding(level="error", code=type(error).__name__, where=name, found=str(error)),)
+        findings = error.findings or (
+            Finding(level="error", code=type(error).__name__, where=name, found=str(error)),
+        )
         _print_envelope(name, error.exit_code, {"message": str(error)}, findings)
     else:
         hint(f"error: {error}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from moemerge.checkpoint.sizes import format_size
+from moemerge.cli.command import hint
 from moemerge.progress import Progress, Silent
 
 _PLAIN_SECONDS = 5.0
@@ -84,15 +85,13 @@ class _Plain:
             self._last, self._spoke = now, True
             rate = self._done / (now - self._begin)
             left = max(self._total - self._done, 0) / rate if rate else 0
-            print(
+            hint(
                 f"{self._title}: {format_size(self._done)} of {format_size(self._total)}, "
-                f"{format_size(rate)}/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
+                f"{format_size(rate)}/s, {left:.0f} s left"
             )
 
     def end(self) -> None:
         """Close the last task."""
         if self._spoke:
             seconds = time.monotonic() - self._begin
-            print(f"{self._title}: {format_size(self._done)} in {seconds:.1f} s", file=sys.stderr, flush=True)
+            hint(f"{self._title}: {format_size(self._done)} in {seconds:.1f} s")

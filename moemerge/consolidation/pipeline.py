@@ -37,6 +37,8 @@ from moemerge.consolidation.operators import OPERATORS
 from moemerge.consolidation.plan import ConsolidationPlan, dump_plan
 from moemerge.consolidation.planning import PlanOptions, build_plan, measure_layers
 from moemerge.consolidation.similarity_files import (
+    INDEX,
+    dump_index,
     load_layer_similarity,
     similarity_index,
     write_layer_similarity,
@@ -91,6 +93,7 @@ def merge(
         Busy: Another process writes the target.
     """
     report = progress or Silent()
+    refuse_existing(target)
     limit_memory(variants, max_ram)
     with TensorReader() as reader:
         reports: dict[str, str] = {}
@@ -111,9 +114,13 @@ def merge(
     return Merged(folder=target, plan=plan, manifest=manifest, resumed_layers=resumed)
 
 
-def _task_of(
-    variants: VariantSet, decide: PlanOptions | ConsolidationPlan, reader: TensorReader
-) -> str:
+def refuse_existing(target: Path) -> None:
+    """Raise `InvalidRecipe` if the target exists, before any time is spent on it."""
+    if target.exists():
+        raise InvalidRecipe(f"{target} exists already; remove it or choose another output")
+
+
+def _task_of(variants: VariantSet, decide: PlanOptions | ConsolidationPlan, reader: TensorReader) -> str:
     """Identifies the work in the journal: the same inputs and decisions continue, others start anew."""
     checkpoints = [*variants.variants.values(), *([variants.base] if variants.base else [])]
     prints = [fingerprint(checkpoint, reader) for checkpoint in checkpoints]
@@ -153,8 +160,7 @@ def _measure(
         staging.finish(_similarity_step(layer.layer), files)
 
     layers = measure_layers(variants, reader, report, known=known, keep=keep, max_ram=max_ram)
-    index = json.dumps(similarity_index(layers, variants), indent=1, sort_keys=True) + "\n"
-    return layers, {"reports/similarity.json": index}
+    return layers, {f"reports/{INDEX}": dump_index(similarity_index(layers, variants))}
 
 
 def _similarity_step(layer_index: int) -> str:

@@ -61,7 +61,7 @@ def measure_layers(
     progress: Progress | None = None,
     *,
     known: dict[int, LayerSimilarity] | None = None,
-    keep: Callable[[LayerSimilarity], None] | None = None,
+    keep: Callable[[LayerSimilarity], object] | None = None,
     max_ram: int | None = None,
 ) -> list[LayerSimilarity]:
     """Similarity of every routed layer.
@@ -122,18 +122,30 @@ def build_plan(
         policy=options.policy,
         within=options.within,
         num_slots=variants.first.num_experts,
-        variants={
-            name: _planned(variant, reader)
-            for name, variant in variants.variants.items()
-        },
-        base=_planned(variants.base, reader)
-        if variants.base
-        else None,
+        variants={name: _planned(variant, reader) for name, variant in variants.variants.items()},
+        base=_planned(variants.base, reader) if variants.base else None,
         variant_bytes=variant_bytes,
         pool_bytes=total,
         allowed_bytes=allowed,
         layers=[_plan_layer(layer, decided) for layer, decided in zip(layers, decisions, strict=True)],
     )
+
+
+def plan_variants(
+    variants: VariantSet,
+    options: PlanOptions,
+    progress: Progress | None = None,
+    *,
+    max_ram: int | None = None,
+) -> ConsolidationPlan:
+    """Measure local checkpoints and decide.
+
+    Raises:
+        InvalidRecipe, NotEnoughRoom, DamagedInput: As `build_plan` and `measure_layer`.
+    """
+    with TensorReader() as reader:
+        layers = measure_layers(variants, reader, progress, max_ram=max_ram)
+        return build_plan(variants, layers, options, reader)
 
 
 def _planned(checkpoint: Checkpoint, reader: TensorReader) -> PlannedVariant:

@@ -1,18 +1,51 @@
 """Similarity on disk: one safetensors file of matrices a layer, and a JSON index."""
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from moemerge.checkpoint.tensors import map_tensors
+from moemerge.checkpoint.disk import check_disk
+from moemerge.checkpoint.tensors import TensorReader, map_tensors
 from moemerge.checkpoint.variants import VariantSet
-from moemerge.checkpoint.writer import memory_tensor, write_tensors
+from moemerge.checkpoint.writer import memory_tensor, write_tensors, write_text
+from moemerge.consolidation.planning import measure_layers
+from moemerge.errors import InvalidRecipe
+from moemerge.progress import Progress
 from moemerge.similarity.distances import DISTANCES
 from moemerge.similarity.matrices import LayerSimilarity
 
 SCHEMA = "moemerge/similarity@1"
+INDEX = "similarity.json"
+
+
+def write_similarity(
+    variants: VariantSet, folder: Path, progress: Progress | None = None, *, max_ram: int | None = None
+) -> dict[str, Any]:
+    """Measure local checkpoints and write matrices and index; returns the index.
+
+    Raises:
+        InvalidRecipe: The folder exists and holds other files.
+        NotEnoughRoom, DamagedInput: As `measure_layer`.
+    """
+    if folder.exists() and (not folder.is_dir() or any(f.name != INDEX for f in folder.glob("[!s]*"))):
+        raise InvalidRecipe(f"{folder} exists and is no similarity folder; choose another output")
+    check_disk(folder, 0, "similarity")
+    with TensorReader() as reader:
+        layers = measure_layers(
+            variants, reader, progress, keep=partial(write_layer_similarity, folder, ""), max_ram=max_ram
+        )
+    index = similarity_index(layers, variants)
+    write_text(folder / INDEX, dump_index(index))
+    return index
+
+
+def dump_index(index: dict[str, Any]) -> str:
+    """The index as JSON."""
+    return json.dumps(index, indent=1, sort_keys=True) + "\n"
 
 
 def layer_file(layer_index: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moemerge.checkpoint.digest import hash_file
-from moemerge.errors import Busy, InvalidRecipe, NotEnoughRoom
+from moemerge.errors import Busy, NotEnoughRoom
 
 _JOURNAL = "journal.jsonl"
 
@@ -109,7 +109,6 @@ def open_staging(target: Path, task: str, *, restart: bool = False) -> Iterator[
         restart: Discard what is there.
 
     Raises:
-        InvalidRecipe: The target exists.
         Busy: Another process works on the same target.
         NotEnoughRoom: The disk cannot be written.
     """
@@ -127,8 +126,6 @@ def open_staging(target: Path, task: str, *, restart: bool = False) -> Iterator[
             f"{target.parent}: cannot be written ({error.strerror}); choose another output"
         ) from error
     try:
-        if target.exists():
-            raise InvalidRecipe(f"{target} exists already; remove it or choose another output")
         if restart and folder.exists():
             shutil.rmtree(folder)
         yield Staging(folder, task)

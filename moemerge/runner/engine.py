@@ -114,7 +114,11 @@ class Engine:
                     f"the prompt has {len(prompt_ids)} tokens, the model's context is {model.config.max_positions}"
                 )
         prompt_BT = torch.tensor([prompt_ids], device=self.device)
-        step = _decoder_steps(model, prompt_BT) if isinstance(model, Decoder) else _switch_steps(model, prompt_BT)
+        step = (
+            _decoder_steps(model, prompt_BT)
+            if isinstance(model, Decoder)
+            else _switch_steps(model, prompt_BT)
+        )
         generator = sampling.generator()
         logits_V = next(step)
         for _ in range(room):
@@ -170,7 +174,11 @@ def _choose_dtype(bundle: Bundle, name: str, device: torch.device) -> torch.dtyp
     stored |= {torch_dtype(tensor) for pool in pools for parts in pool for tensor in parts.values()}
     dtype = stored.pop() if len(stored) == 1 else torch.float32
     # Half precision on a CPU is slow and overflows; float32 holds all its values.
-    return torch.float32 if dtype == torch.float64 or (dtype == torch.float16 and device.type == "cpu") else dtype
+    return (
+        torch.float32
+        if dtype == torch.float64 or (dtype == torch.float16 and device.type == "cpu")
+        else dtype
+    )
 
 
 def _decoder_steps(model: Decoder, prompt_BT: Tensor) -> _Steps:

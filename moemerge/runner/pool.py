@@ -40,6 +40,7 @@ def load_pool(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Loade
     for layer in bundle.manifest.layers:
         pool = bundle.map_pool(layer.index)
         layers[layer.index] = {
-            part: [expert[part].to(device=device, dtype=dtype) for expert in pool] for part in bundle.manifest.parts
+            part: [expert[part].to(device=device, dtype=dtype) for expert in pool]
+            for part in bundle.manifest.parts
         }
     return LoadedPool(layers)

@@ -1,0 +1,33 @@
+"""`moemerge demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+
+
+def demo(
+    family: Annotated[
+        Path,
+        typer.Argument(metavar="FAMILY", help="Folder with base, its fine-tunes, and text/<fine-tune>.txt."),
+    ] = Path("examples/families/mini"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for bundles.")] = Path(
+        "demo-output"
+    ),
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge a small family and show what it costs and saves: similarity, bytes, perplexity, answers.
+
+    Example: moemerge demo examples/families/mini
+    """
+    from moemerge.cli.demo_report import print_report
+    from moemerge.evaluation.demo import run_demo
+
+    report = run_demo(family, out, say=(lambda text: None) if quiet or as_json else hint)
+    if as_json:
+        print_json("demo", report.as_dict())
+    else:
+        print_report(report)

@@ -1,0 +1,50 @@
+"""How the demonstration looks in a terminal."""
+
+import textwrap
+
+import typer
+
+from moemerge.checkpoint.sizes import format_size
+from moemerge.cli.tables import print_table
+from moemerge.evaluation.demo import SHOWN, DemoReport, System
+
+
+def print_report(report: DemoReport) -> None:
+    """Similarity, bytes, perplexity, answers and swaps."""
+    rows = [
+        [int(layer["index"]), layer["same_slot_median"], layer["same_slot_max"], layer["other_slot_median"]]
+        for layer in report.similarity
+    ]
+    columns = ["layer", "same slot, median", "same slot, worst", "other slots, median"]
+    print_table("How far apart the fine-tunes' experts are (relative L2)", columns, rows)
+    typer.echo()
+    shown = [f"{name} ppl" for name in report.variants]
+    print_table(
+        "Held-out perplexity of every variant on its own text, and the share of the fine-tuning gain kept",
+        ["system", "expert bytes", "ratio", *shown, "gain kept, mean", "worst"],
+        [_system_row(system, report.variants) for system in report.systems],
+    )
+    typer.echo()
+    typer.echo(f"Answers from one bundle, {report.bundle}, switching variants in between:")
+    for swap in report.swaps:
+        prompt, answer = report.answers[swap.variant]
+        typer.echo(
+            f"\n  {swap.variant}  ({format_size(swap.moved_bytes)} moved in {1000 * swap.seconds:.1f} ms)"
+        )
+        quoted = f"{prompt}|{answer}"
+        typer.echo(textwrap.indent(quoted.rstrip(), "  > ", lambda line: True))
+    separate = len(report.variants) * report.variant_bytes
+    merged = next(system for system in report.systems if system.label == SHOWN)
+    typer.echo(
+        f"\nExperts: {format_size(separate)} as separate models, {format_size(merged.expert_bytes)} in the "
+        f"bundle. Took {report.seconds:.0f} s. Try:\n"
+        f'  moemerge run {report.bundle} -v {report.variants[-1]} "Q: 17 + 25"\n'
+        f"  moemerge show {report.bundle}"
+    )
+
+
+def _system_row(system: System, variants: list[str]) -> list[object]:
+    gains = [gain for gain in system.gain.values() if gain is not None]
+    perplexities = [f"{system.perplexity[name]:.3f}" for name in variants]
+    kept = [f"{sum(gains) / len(gains):.2f}", f"{min(gains):.2f}"] if gains else ["-", "-"]
+    return [system.label, format_size(system.expert_bytes), f"{system.ratio:.2f}", *perplexities, *kept]

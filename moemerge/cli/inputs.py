@@ -1,0 +1,51 @@
+"""From `NAME=REF...` arguments to opened variants."""
+
+import sys
+
+from moemerge.checkpoint.sizes import parse_size
+from moemerge.checkpoint.variants import VariantSet, open_variants
+from moemerge.cli.command import print_findings
+from moemerge.errors import InvalidRecipe
+from moemerge.progress import Progress
+from moemerge.refs import parse_named_sources, parse_source
+
+
+def open_sources(
+    sources: list[str],
+    base: str | None,
+    progress: Progress,
+    *,
+    offline: bool,
+    allow_pickle: bool,
+    download: bool = True,
+    quiet: bool = False,
+) -> VariantSet:
+    """Open what the arguments name and tell notes and warnings.
+
+    Raises:
+        InvalidRecipe: No source, or malformed ones.
+        MoemergeError: As `open_variants`.
+    """
+    if not sources:
+        raise InvalidRecipe("no variants given; write NAME=REF, for example code=org/model or code=./folder")
+    variants = open_variants(
+        parse_named_sources(sources),
+        parse_source(base) if base else None,
+        offline=offline,
+        allow_pickle=allow_pickle,
+        download=download,
+        progress=progress,
+    )
+    if not quiet:
+        print_findings(variants.findings)
+    return variants
+
+
+def parse_max_ram(text: str | None) -> int | None:
+    """Bytes of `--max-ram`."""
+    return parse_size(text) if text else None
+
+
+def read_prompt(text: str) -> str:
+    """The prompt, from standard input when it is `-`."""
+    return sys.stdin.read() if text == "-" else text

@@ -1,0 +1,53 @@
+"""Perplexity of a decoder on text, in windows of tokens."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from moemerge.errors import InvalidRecipe
+from moemerge.models import Decoder
+
+_BATCH = 8
+
+
+def cut_windows(token_ids: Sequence[int], length: int, count: int) -> list[list[int]]:
+    """Up to `count` windows of `length` tokens, from the beginning, without overlap.
+
+    Raises:
+        InvalidRecipe: The text is shorter than one window.
+    """
+    windows = [list(token_ids[start : start + length]) for start in range(0, len(token_ids), length)][:count]
+    whole = [window for window in windows if len(window) == length]
+    if not whole:
+        raise InvalidRecipe(f"the text has {len(token_ids)} tokens, fewer than one window of {length}")
+    return whole
+
+
+def mean_nll(model: Decoder, windows: Sequence[Sequence[int]]) -> float:
+    """Mean negative log-likelihood in nats of every token but each window's first."""
+    total, count = 0.0, 0
+    for start in range(0, len(windows), _BATCH):
+        token_ids_BT = torch.tensor([list(window) for window in windows[start : start + _BATCH]])
+        logits_BTV = model.forward(token_ids_BT)[:, :-1].float()
+        targets_BT = token_ids_BT[:, 1:]
+        total += float(
+            functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+        )
+        count += targets_BT.numel()
+    return total / count
+
+
+def perplexity(nll: float) -> float:
+    """Perplexity of a mean negative log-likelihood in nats."""
+    return math.exp(nll)
+
+
+def gain_recovered(base_nll: float, variant_nll: float, bundle_nll: float) -> float | None:
+    """Share of what fine-tuning gained that is left; None when fine-tuning gained nothing.
+
+    `(base - bundle) / (base - variant)`; 1 is lossless.
+    """
+    gained = base_nll - variant_nll
+    return (base_nll - bundle_nll) / gained if gained > 0 else None
