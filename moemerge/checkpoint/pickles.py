@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,10 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         DamagedInput: It cannot be read.
     """
     try:
-        # Files of torch before 1.6 are no archives and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+            # Files of torch before 1.6 are no archives and cannot be mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         asks = f"asks to run {wanted[1]}" if wanted else "is not a file of weights only"

@@ -8,7 +8,7 @@ import re
 import textwrap
 from typing import Any
 
-from moemerge.checkpoint.family import Family, Setting, SettingRule, Settings
+from moemerge.checkpoint.family import Family, Setting, SettingRule, Settings, effective_step
 from moemerge.errors import Finding
 
 # Keys that transformers writes for every model and that do not change what the network computes.
@@ -50,6 +50,10 @@ def read_settings(config: dict[str, Any], family: Family, where: str) -> tuple[S
         value, problems = _read_setting(config, name, rule, settings, where)
         settings[name] = value
         findings += problems
+    for stack in family.stacks:
+        if stack.routed.step:
+            # Written or implied by a count of sparse layers: variants are compared by what is meant.
+            settings[stack.routed.step] = effective_step(stack, settings)
     findings += _implausible_sizes(settings, family, where)
     findings += _unknown_keys(config, family, where)
     return settings, findings

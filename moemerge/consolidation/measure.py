@@ -4,10 +4,11 @@ The loop over files, chunks and threads stands here; the arithmetic is `similari
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 import psutil
@@ -24,7 +25,7 @@ from moemerge.progress import Progress, Silent
 from moemerge.similarity.gram import BLOCK_COLUMNS, ExpertGram, GramAccumulator
 from moemerge.similarity.matrices import LayerSimilarity, build_layer_similarity
 
-_MAX_COLUMNS = 65536
+_MAX_COLUMNS = 131072
 _MIN_COLUMNS = 1024
 # The interpreter with torch and everything else that does not grow with the work.
 _FIXED_BYTES = 320 * 2**20
@@ -34,45 +35,107 @@ _SHARES = 4
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
+    """Columns of every expert, read at once."""
+
     first: int
     columns: int
 
 
-def measure_layer(
-    variants: VariantSet,
-    layer: int,
-    reader: TensorReader,
-    progress: Progress | None = None,
-    *,
-    max_ram: int | None = None,
-) -> LayerSimilarity:
-    """Compare all experts of a layer, within and across variants.
+class Measurer(AbstractContextManager["Measurer"]):
+    """Measures layers of one set of variants; holds threads and buffers for the length of a pass.
 
     Args:
         variants: Local checkpoints of one family.
-        layer: Index through all stacks.
-        reader: Shared between threads.
-        progress: Told of the bytes read.
         max_ram: Bytes of memory to stay within.
+        progress: Told of the bytes read.
 
     Raises:
         NotEnoughRoom: The memory does not suffice for the smallest chunks.
-        DamagedInput: NaN or infinity in an expert; the message names the tensor.
     """
-    report = progress or Silent()
-    models = list(variants.variants.values())
-    reference = [variants.base] if variants.base else []
-    num_slots = models[0].num_experts
-    experts = [model.experts[layer, slot] for model in [*reference, *models] for slot in range(num_slots)]
-    columns = limit_memory(variants, max_ram)
-    grams = {}
-    for part in experts[0]:
-        tensors = [expert[part] for expert in experts]
-        centred = _accumulate(tensors, num_slots, columns, reader, report)
-        _require_finite(centred, tensors, num_slots, reader)
-        grams[part] = ExpertGram(centred=centred, num_slots=num_slots, has_base=bool(reference))
-    own = experts[num_slots if reference else 0 :]
-    return build_layer_similarity(layer, tuple(variants.variants), grams, find_identical(own, reader))
+
+    def __init__(
+        self, variants: VariantSet, max_ram: int | None = None, progress: Progress | None = None
+    ) -> None:
+        self._variants = variants
+        self._columns = limit_memory(variants, max_ram)
+        self._report = progress or Silent()
+        self._models = [*([variants.base] if variants.base else []), *variants.variants.values()]
+        self._num_slots = variants.first.num_experts
+        self._shares = [_Share(len(self._models), self._num_slots) for _ in range(_SHARES)]
+        self._reader = TensorReader()
+        # Each thread computes on one core: small products parallelise badly inside torch.
+        self._torch_threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
+        self._reader.__exit__(kind, error, trace)
+
+    def measure(self, layer: int) -> LayerSimilarity:
+        """Compare all experts of a layer (counted through all stacks), within and across variants.
+
+        Raises:
+            DamagedInput: NaN or infinity in an expert; the message names the tensor.
+        """
+        experts = [m.experts[layer, slot] for m in self._models for slot in range(self._num_slots)]
+        has_base = self._variants.base is not None
+        grams = {}
+        for part in experts[0]:
+            tensors = [expert[part] for expert in experts]
+            centred = self._accumulate(tensors)
+            _require_finite(centred, tensors, self._reader)
+            grams[part] = ExpertGram(centred=centred, num_slots=self._num_slots, has_base=has_base)
+        own = experts[self._num_slots if has_base else 0 :]
+        names = tuple(self._variants.variants)
+        return build_layer_similarity(layer, names, grams, find_identical(own, self._reader))
+
+    def _accumulate(self, tensors: list[StoredTensor]) -> NDArray[np.float64]:
+        length = tensors[0].num_elements
+        # Small tensors are cut finer, so that every share has something to do.
+        columns = min(self._columns, max(_MIN_COLUMNS, -(-length // (2 * _SHARES))))
+        chunks = [_Chunk(first, min(columns, length - first)) for first in range(0, length, columns)]
+        work = [
+            self._pool.submit(share.accumulate, tensors, chunks[number::_SHARES], self._reader, self._report)
+            for number, share in enumerate(self._shares)
+        ]
+        total: NDArray[np.float64] = np.sum([future.result() for future in work], axis=0)
+        return total
+
+
+class _Share:
+    """A part of the chunks of every tensor, with buffers that are used again."""
+
+    def __init__(self, num_models: int, num_slots: int) -> None:
+        self._accumulator = GramAccumulator(num_models, num_slots)
+        self._buffer = torch.empty(0)
+
+    def accumulate(
+        self, tensors: list[StoredTensor], chunks: list[_Chunk], reader: TensorReader, report: Progress
+    ) -> NDArray[np.float64]:
+        """Sum over the chunks, [N, N]."""
+        one_dtype = len({tensor.dtype for tensor in tensors}) == 1
+        width = max((chunk.columns for chunk in chunks), default=0)
+        buffer = self._reserve(len(tensors), width, torch_dtype(tensors[0]) if one_dtype else torch.float32)
+        for chunk in chunks:
+            rows = buffer[:, : chunk.columns]
+            for row, tensor in zip(rows, tensors, strict=True):
+                if one_dtype:
+                    reader.read_into(tensor, bytes_of(row), chunk.first * row.dtype.itemsize)
+                else:
+                    own = torch.empty(chunk.columns, dtype=torch_dtype(tensor))
+                    reader.read_into(tensor, bytes_of(own), chunk.first * own.dtype.itemsize)
+                    row.copy_(own)
+            self._accumulator.add(rows)
+            report.advance(sum(DTYPE_BYTES[tensor.dtype] for tensor in tensors) * chunk.columns)
+        return self._accumulator.take_total()
+
+    def _reserve(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        if self._buffer.numel() < rows * columns or self._buffer.dtype != dtype:
+            self._buffer = torch.empty(rows * columns, dtype=dtype)
+        return self._buffer[: rows * columns].view(rows, columns)
 
 
 def measurement_bytes(variants: VariantSet) -> int:
@@ -89,10 +152,9 @@ def limit_memory(variants: VariantSet, max_ram: int | None) -> int:
     """
     models = [*variants.variants.values(), *([variants.base] if variants.base else [])]
     rows = sum(model.num_experts for model in models)
-    threads = _num_threads()
 
     def needed(columns: int) -> int:
-        return _FIXED_BYTES + threads * rows * (4 * columns + 4 * min(columns, BLOCK_COLUMNS) + 24 * rows)
+        return _FIXED_BYTES + _SHARES * rows * (4 * columns + 4 * BLOCK_COLUMNS + 24 * rows)
 
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     limit = min(max_ram or available, available)
@@ -124,42 +186,7 @@ def find_identical(experts: Sequence[Parts], reader: TensorReader) -> NDArray[np
     return identity
 
 
-def _accumulate(
-    tensors: list[StoredTensor], num_slots: int, columns: int, reader: TensorReader, report: Progress
-) -> NDArray[np.float64]:
-    length = tensors[0].num_elements
-    chunks = [_Chunk(first, min(columns, length - first)) for first in range(0, length, columns)]
-    shares = [chunks[start::_SHARES] for start in range(_SHARES)]
-    with _workers() as pool:
-        totals = pool.map(lambda share: _accumulate_share(tensors, num_slots, share, reader, report), shares)
-        total: NDArray[np.float64] = np.sum(list(totals), axis=0)
-    return total
-
-
-def _accumulate_share(
-    tensors: list[StoredTensor], num_slots: int, chunks: list[_Chunk], reader: TensorReader, report: Progress
-) -> NDArray[np.float64]:
-    accumulator = GramAccumulator(len(tensors) // num_slots, num_slots)
-    one_dtype = len({tensor.dtype for tensor in tensors}) == 1
-    width = max((chunk.columns for chunk in chunks), default=0)
-    buffer = torch.empty(len(tensors), width, dtype=torch_dtype(tensors[0]) if one_dtype else torch.float32)
-    for chunk in chunks:
-        rows = buffer[:, : chunk.columns]
-        for row, tensor in zip(rows, tensors, strict=True):
-            if one_dtype:
-                reader.read_into(tensor, bytes_of(row), chunk.first * row.dtype.itemsize)
-            else:
-                own = torch.empty(chunk.columns, dtype=torch_dtype(tensor))
-                reader.read_into(tensor, bytes_of(own), chunk.first * own.dtype.itemsize)
-                row.copy_(own)
-        accumulator.add(rows)
-        report.advance(sum(DTYPE_BYTES[tensor.dtype] for tensor in tensors) * chunk.columns)
-    return accumulator.total()
-
-
-def _require_finite(
-    centred: NDArray[np.float64], tensors: list[StoredTensor], num_slots: int, reader: TensorReader
-) -> None:
+def _require_finite(centred: NDArray[np.float64], tensors: list[StoredTensor], reader: TensorReader) -> None:
     if np.isfinite(centred).all():
         return
     for tensor in tensors:
@@ -168,18 +195,6 @@ def _require_finite(
     raise DamagedInput(
         f"{tensors[0].path}: values of {tensors[0].name} or its siblings overflow float32 squares"
     )
-
-
-@contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that each compute on one core; small products parallelise badly inside torch."""
-    before = torch.get_num_threads()
-    executor = ThreadPoolExecutor(_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield executor
-    finally:
-        executor.shutdown()
-        torch.set_num_threads(before)
 
 
 def _num_threads() -> int:

@@ -102,7 +102,7 @@ def merge(
                 _check_plan(decide, variants, reader)
                 plan = decide
             else:
-                layers, reports = _measure(variants, staging, reader, report, max_ram)
+                layers, reports = _measure(variants, staging, report, max_ram)
                 plan = build_plan(variants, layers, decide, reader)
             check_disk(target.parent, _bytes_to_write(variants, plan), f"writing {target}")
             _step(
@@ -146,7 +146,7 @@ def _check_plan(plan: ConsolidationPlan, variants: VariantSet, reader: TensorRea
 
 
 def _measure(
-    variants: VariantSet, staging: Staging, reader: TensorReader, report: Progress, max_ram: int | None
+    variants: VariantSet, staging: Staging, report: Progress, max_ram: int | None
 ) -> tuple[list[LayerSimilarity], dict[str, str]]:
     """Similarity of all layers, each kept in the bundle's reports as soon as it is measured."""
     names = tuple(variants.variants)
@@ -159,7 +159,7 @@ def _measure(
         files = write_layer_similarity(staging.folder, "reports", layer)
         staging.finish(_similarity_step(layer.layer), files)
 
-    layers = measure_layers(variants, reader, report, known=known, keep=keep, max_ram=max_ram)
+    layers = measure_layers(variants, report, known=known, keep=keep, max_ram=max_ram)
     return layers, {f"reports/{INDEX}": dump_index(similarity_index(layers, variants))}
 
 

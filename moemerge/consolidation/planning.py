@@ -15,7 +15,7 @@ from moemerge.checkpoint.fingerprint import fingerprint
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.budget import Budget, refuse_budget
-from moemerge.consolidation.measure import measure_layer, measurement_bytes
+from moemerge.consolidation.measure import Measurer, measurement_bytes
 from moemerge.consolidation.plan import ConsolidationPlan, PlannedExpert, PlannedLayer, PlannedVariant
 from moemerge.consolidation.policies import (
     DEFAULT_POLICY,
@@ -57,7 +57,6 @@ class PlanOptions:
 
 def measure_layers(
     variants: VariantSet,
-    reader: TensorReader,
     progress: Progress | None = None,
     *,
     known: dict[int, LayerSimilarity] | None = None,
@@ -68,7 +67,6 @@ def measure_layers(
 
     Args:
         variants: Local checkpoints.
-        reader: Open reader.
         progress: Told of bytes.
         known: Layers that were measured before.
         keep: Called with each layer that is measured now.
@@ -79,10 +77,11 @@ def measure_layers(
     missing = [index for index in indices if index not in (known or {})]
     report.start("similarity", measurement_bytes(variants) * len(missing) // max(1, len(indices)))
     layers = dict(known or {})
-    for index in missing:
-        layers[index] = measure_layer(variants, index, reader, report, max_ram=max_ram)
-        if keep:
-            keep(layers[index])
+    with Measurer(variants, max_ram, report) as measurer:
+        for index in missing:
+            layers[index] = measurer.measure(index)
+            if keep:
+                keep(layers[index])
     return [layers[index] for index in indices]
 
 
@@ -141,10 +140,10 @@ def plan_variants(
     """Measure local checkpoints and decide.
 
     Raises:
-        InvalidRecipe, NotEnoughRoom, DamagedInput: As `build_plan` and `measure_layer`.
+        InvalidRecipe, NotEnoughRoom, DamagedInput: As `build_plan` and `Measurer`.
     """
     with TensorReader() as reader:
-        layers = measure_layers(variants, reader, progress, max_ram=max_ram)
+        layers = measure_layers(variants, progress, max_ram=max_ram)
         return build_plan(variants, layers, options, reader)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moemerge.checkpoint.disk import check_disk
-from moemerge.checkpoint.tensors import TensorReader, map_tensors
+from moemerge.checkpoint.tensors import map_tensors
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.checkpoint.writer import memory_tensor, write_tensors, write_text
 from moemerge.consolidation.planning import measure_layers
@@ -29,15 +29,13 @@ def write_similarity(
 
     Raises:
         InvalidRecipe: The folder exists and holds other files.
-        NotEnoughRoom, DamagedInput: As `measure_layer`.
+        NotEnoughRoom, DamagedInput: As `Measurer`.
     """
     if folder.exists() and (not folder.is_dir() or any(f.name != INDEX for f in folder.glob("[!s]*"))):
         raise InvalidRecipe(f"{folder} exists and is no similarity folder; choose another output")
     check_disk(folder, 0, "similarity")
-    with TensorReader() as reader:
-        layers = measure_layers(
-            variants, reader, progress, keep=partial(write_layer_similarity, folder, ""), max_ram=max_ram
-        )
+    keep = partial(write_layer_similarity, folder, "")
+    layers = measure_layers(variants, progress, keep=keep, max_ram=max_ram)
     index = similarity_index(layers, variants)
     write_text(folder / INDEX, dump_index(index))
     return index

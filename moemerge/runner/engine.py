@@ -111,7 +111,7 @@ class Engine:
             room = min(max_tokens, model.config.max_positions - len(prompt_ids))
             if room < 1:
                 raise InvalidRecipe(
-                    f"the prompt has {len(prompt_ids)} tokens, the model's context is {model.config.max_positions}"
+                    f"the prompt has {len(prompt_ids)} tokens, the context is {model.config.max_positions}"
                 )
         prompt_BT = torch.tensor([prompt_ids], device=self.device)
         step = (

@@ -17,8 +17,8 @@ from torch import Tensor
 
 Matrix = NDArray[np.float64]
 
-# 24 experts of this many float32 columns stay within a core's second-level cache.
-BLOCK_COLUMNS = 8192
+# 24 experts of this many float32 columns take 1.5 MiB; larger and smaller blocks measured slower.
+BLOCK_COLUMNS = 16384
 
 
 class GramAccumulator:
@@ -34,8 +34,7 @@ class GramAccumulator:
 
     def add(self, weights_NC: Tensor) -> None:
         """Add columns of all experts, reference model first, any floating dtype."""
-        num_experts, columns = weights_NC.shape
-        for start in range(0, columns, BLOCK_COLUMNS):
+        for start in range(0, weights_NC.shape[1], BLOCK_COLUMNS):
             part = weights_NC[:, start : start + BLOCK_COLUMNS]
             block = self._buffer[:, : part.shape[1]]
             block.copy_(part)
@@ -43,9 +42,10 @@ class GramAccumulator:
             centred[1:] -= centred[:1]
             self._sum += block @ block.T
 
-    def total(self) -> Matrix:
-        """What has been added so far, [N, N]."""
+    def take_total(self) -> Matrix:
+        """What has been added up, [N, N]; the sum begins anew."""
         result: Matrix = self._sum.numpy().copy()
+        self._sum.zero_()
         return result
 
 
