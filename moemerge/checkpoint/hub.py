@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 from moemerge.checkpoint.disk import check_disk
 from moemerge.checkpoint.headers import StoredTensor, parse_header, parse_header_length
 from moemerge.checkpoint.hub_errors import translated
-from moemerge.checkpoint.repository import LocalFolder, find_side_files
+from moemerge.checkpoint.repository import LocalFolder
+from moemerge.checkpoint.side_files import find_side_files
 from moemerge.checkpoint.weights import (
     INDEX,
     PICKLE_INDEX,

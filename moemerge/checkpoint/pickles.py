@@ -20,7 +20,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from moemerge.checkpoint.disk import check_disk
-from moemerge.checkpoint.repository import LocalFolder, find_side_files
+from moemerge.checkpoint.repository import LocalFolder
+from moemerge.checkpoint.side_files import find_side_files
 from moemerge.checkpoint.tensors import TORCH_DTYPES
 from moemerge.checkpoint.weights import INDEX, PICKLE_INDEX, SINGLE, find_pickle_files, require_files
 from moemerge.checkpoint.writer import memory_tensor, write_tensors, write_text

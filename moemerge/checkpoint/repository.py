@@ -11,22 +11,6 @@ from moemerge.checkpoint.headers import StoredTensor, read_header
 from moemerge.errors import DamagedInput, NotFound, UnsupportedCheckpoint
 
 MAX_TEXT_BYTES = 64 * 2**20
-_SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "README.md",
-)
-_LICENCE_STEMS = ("license", "licence", "copying", "notice", "use_policy")
 
 
 class Repository(Protocol):
@@ -98,14 +82,6 @@ class LocalFolder:
     def header(self, name: str) -> dict[str, StoredTensor]:
         """Tensors of one of the folder's safetensors files."""
         return read_header(self.path / name)
-
-
-def find_side_files(repository: Repository) -> list[str]:
-    """Names of the files that belong to a model besides its weights: settings, tokenizer, licence."""
-    files = repository.files()
-    names = [name for name in _SIDE_FILES if name in files]
-    names += [name for name in files if name.lower().startswith(_LICENCE_STEMS) or name.endswith(".jinja")]
-    return list(dict.fromkeys(names))
 
 
 def read_json(repository: Repository, name: str) -> dict[str, Any]:

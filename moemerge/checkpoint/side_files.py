@@ -33,6 +33,12 @@ def licence_files(repository: Repository) -> list[str]:
     return [name for name in repository.files() if _LICENCE_FILE.fullmatch(name)]
 
 
+def find_side_files(repository: Repository) -> list[str]:
+    """Names of all that is fetched or copied along with the weights, the model card included."""
+    card = [name for name in repository.files() if name == "README.md"]
+    return [*side_files(repository), *licence_files(repository), *card]
+
+
 def find_licence(repository: Repository) -> str | None:
     """The licence that the model card's metadata names, if it does."""
     if "README.md" not in repository.files():

@@ -1,6 +1,7 @@
 """Sizes as people write them, `4GiB` or `512MB`, and as they are printed."""
 
 import re
+from fractions import Fraction
 
 from moemerge.errors import InvalidRecipe
 
@@ -20,7 +21,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     if not match or match[2].upper() not in _UNITS:
         raise InvalidRecipe(f"{text!r} is not a size; write a number with a unit, for example 4GiB or 512MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(Fraction(match[1]) * _UNITS[match[2].upper()])
 
 
 def format_size(num_bytes: float) -> str:

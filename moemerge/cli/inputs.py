@@ -42,8 +42,17 @@ def open_sources(
 
 
 def parse_max_ram(text: str | None) -> int | None:
-    """Bytes of `--max-ram`."""
-    return parse_size(text) if text else None
+    """Bytes of `--max-ram`.
+
+    Raises:
+        InvalidRecipe: Not a size, or nothing.
+    """
+    if text is None:
+        return None
+    limit = parse_size(text)
+    if limit <= 0:
+        raise InvalidRecipe(f"--max-ram {text} leaves no memory to work with")
+    return limit
 
 
 def read_prompt(text: str) -> str:

@@ -47,14 +47,15 @@ def merge(
     Give exactly one of --budget, --plan and --recipe. Streams layer by layer; a run that was stopped
     continues when the same command is given again, and the result is the same to the byte.
 
-    Example: moemerge merge a=examples/families/mini/code b=examples/families/mini/sums -o ab.moe --budget 1x
+    Example: moemerge merge code=examples/families/mini/code sums=examples/families/mini/sums
+    -o duo.moe --budget 1x
     """
+    from moemerge.bundle.target import check_target
     from moemerge.cli.inputs import open_sources, parse_max_ram
     from moemerge.consolidation.pipeline import merge as merge_variants
-    from moemerge.consolidation.pipeline import refuse_existing
     from moemerge.consolidation.recipe import choose_task
 
-    refuse_existing(out)
+    check_target(out)
     task = choose_task(
         sources or [], base, budget=budget, policy=policy, within=within, plan=plan, recipe=recipe
     )

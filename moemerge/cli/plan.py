@@ -16,6 +16,7 @@ from moemerge.cli.command import (
     print_json,
 )
 from moemerge.cli.progress import show_progress
+from moemerge.errors import InvalidRecipe
 
 if TYPE_CHECKING:
     from moemerge.consolidation.plan import ConsolidationPlan
@@ -55,12 +56,17 @@ def plan(
 
     Example: moemerge plan code=examples/families/mini/code sums=examples/families/mini/sums --budget 1x
     """
+    from moemerge.bundle.target import check_writable
     from moemerge.cli.inputs import open_sources, parse_max_ram
     from moemerge.consolidation.plan import write_plan
     from moemerge.consolidation.planning import plan_variants
     from moemerge.consolidation.recipe import options_of
 
-    options = options_of(budget, policy, within=within) if budget else None
+    if budget is None and (out or policy or within):
+        raise InvalidRecipe("--out, --policy and --within need a --budget to plan for")
+    options = options_of(budget, policy, within=within) if budget is not None else None
+    if out:
+        check_writable(out)
     memory = parse_max_ram(max_ram)
     with show_progress(quiet=quiet) as progress:
         variants = open_sources(

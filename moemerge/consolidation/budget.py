@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from moemerge.checkpoint.sizes import format_size, parse_size
 from moemerge.errors import InvalidRecipe
@@ -19,13 +20,8 @@ class Budget:
     """
 
     text: str
-    ratio: float | None = None
+    ratio: Fraction | None = None
     limit: int | None = None
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether nothing may change, so that only equal experts are shared."""
-        return self.ratio is None and self.limit is None
 
     def allowed_bytes(self, variant_bytes: int) -> int | None:
         """Bytes the pool may take, None for any number.
@@ -47,10 +43,12 @@ def parse_budget(text: str) -> Budget:
     stripped = text.strip()
     if stripped.lower() == "exact":
         return Budget("exact")
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*[xX]", stripped):
-        if float(match[1]) <= 0:
+    if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*[xX]", stripped):
+        # Exact: 1.15 x 100 bytes are 115, which floating point makes 114.
+        ratio = Fraction(match[1])
+        if ratio <= 0:
             raise InvalidRecipe(f"budget {text!r} leaves no room for any expert; the least is usually 1x")
-        return Budget(stripped, ratio=float(match[1]))
+        return Budget(stripped, ratio=ratio)
     try:
         limit = parse_size(stripped)
     except InvalidRecipe as error:
@@ -62,11 +60,21 @@ def parse_budget(text: str) -> Budget:
     return Budget(stripped, limit=limit)
 
 
-def refuse_budget(budget: Budget, allowed: int, least: int, variant_bytes: int) -> InvalidRecipe:
-    """The error for a budget below the least possible."""
-    ratio = math.ceil(100 * least / variant_bytes) / 100
+def refuse_budget(
+    budget: Budget, allowed: int, least: int, variant_bytes: int, *, can_share_more: bool
+) -> InvalidRecipe:
+    """The error for a budget below the least possible.
+
+    Args:
+        budget: What was asked for.
+        allowed: Its bytes.
+        least: Bytes of the smallest pool that the policy makes.
+        variant_bytes: Expert bytes of one variant.
+        can_share_more: Whether `--within` would make smaller pools possible.
+    """
+    ratio = -(-100 * least // variant_bytes) / 100
+    within = ", or --within to let experts of one variant share" if can_share_more else ""
     return InvalidRecipe(
         f"budget {budget.text} is {format_size(allowed)}, the least possible here is {format_size(least)} "
-        f"({least / variant_bytes:.4g}x of one variant's experts). Use --budget {ratio:g}x or more, "
-        f"or --within to let experts of one variant share"
+        f"({least / variant_bytes:.4g}x of one variant's experts). Use --budget {ratio:.12g}x or more{within}"
     )

@@ -63,7 +63,7 @@ def plan_joins(distance: Matrix, allowed: NDArray[np.bool_], start: list[Cluster
     if len(start) < 2:
         return
     members = [np.array(cluster) for cluster in start]
-    forbidden = 10 * (float(distance.max()) + 1)
+    forbidden = _forbidden(distance)
     between = np.zeros((len(start), len(start)))
     for i, first in enumerate(members):
         for j, second in enumerate(members[:i]):
@@ -78,7 +78,7 @@ def plan_joins(distance: Matrix, allowed: NDArray[np.bool_], start: list[Cluster
             yield join
 
 
-def match_variants(distance: Matrix, num_slots: int) -> list[Cluster]:
+def match_variants(distance: Matrix, allowed: NDArray[np.bool_], num_slots: int) -> list[Cluster]:
     """Exactly E clusters with one expert of every variant each.
 
     Variants are added in order, each by the assignment of least summed cost to the clusters so far.
@@ -86,11 +86,14 @@ def match_variants(distance: Matrix, num_slots: int) -> list[Cluster]:
 
     Args:
         distance: [N, N].
+        allowed: [N, N]; whether two experts may share. Experts of one slot always may.
         num_slots: E.
     """
     clusters: list[list[int]] = [[slot] for slot in range(num_slots)]
+    constrained = np.where(allowed, distance, _forbidden(distance))
     for first in range(num_slots, len(distance), num_slots):
-        cost = np.stack([distance[np.ix_(c, range(first, first + num_slots))].max(axis=0) for c in clusters])
+        added = range(first, first + num_slots)
+        cost = np.stack([constrained[np.ix_(cluster, added)].max(axis=0) for cluster in clusters])
         for row, column in zip(*linear_sum_assignment(cost), strict=True):
             clusters[row].append(first + int(column))
     return [tuple(cluster) for cluster in clusters]
@@ -100,3 +103,8 @@ def medoid(distance: Matrix, members: Cluster) -> int:
     """The member with the least summed distance to the others; the first of equals."""
     inside = distance[np.ix_(members, members)].sum(axis=1)
     return members[int(np.argmin(inside))]
+
+
+def _forbidden(distance: Matrix) -> float:
+    """A cost beyond that of any assignment without forbidden pairs."""
+    return len(distance) * (float(distance.max()) + 1)

@@ -24,6 +24,7 @@ from moemerge.bundle.manifest import (
     VariantEntry,
     dump_manifest,
 )
+from moemerge.bundle.target import check_target
 from moemerge.bundle.writer import copy_tensors, group_equal, write_bytes, write_checksums, write_pool
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.disk import check_disk
@@ -35,7 +36,7 @@ from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.measure import limit_memory
 from moemerge.consolidation.operators import OPERATORS
 from moemerge.consolidation.plan import ConsolidationPlan, dump_plan
-from moemerge.consolidation.planning import PlanOptions, build_plan, measure_layers
+from moemerge.consolidation.planning import PlanOptions, build_plan, check_plan, measure_layers
 from moemerge.consolidation.similarity_files import (
     INDEX,
     dump_index,
@@ -44,7 +45,6 @@ from moemerge.consolidation.similarity_files import (
     write_layer_similarity,
 )
 from moemerge.consolidation.staging import Staging, open_staging
-from moemerge.errors import IncompatibleInputs, InvalidRecipe
 from moemerge.progress import Progress, Silent
 from moemerge.similarity.matrices import LayerSimilarity
 
@@ -93,18 +93,20 @@ def merge(
         Busy: Another process writes the target.
     """
     report = progress or Silent()
-    refuse_existing(target)
+    check_target(target)
     limit_memory(variants, max_ram)
     with TensorReader() as reader:
+        if isinstance(decide, ConsolidationPlan):
+            check_plan(decide, variants, reader)
         reports: dict[str, str] = {}
         with open_staging(target, _task_of(variants, decide, reader), restart=restart) as staging:
             if isinstance(decide, ConsolidationPlan):
-                _check_plan(decide, variants, reader)
                 plan = decide
             else:
                 layers, reports = _measure(variants, staging, report, max_ram)
                 plan = build_plan(variants, layers, decide, reader)
-            check_disk(target.parent, _bytes_to_write(variants, plan), f"writing {target}")
+            missing = _bytes_to_write(variants, plan) - staging.finished_bytes()
+            check_disk(target.parent, missing, f"writing {target}")
             _step(
                 staging, "plan", partial(write_bytes, staging.folder, "plan.json", dump_plan(plan).encode())
             )
@@ -114,12 +116,6 @@ def merge(
     return Merged(folder=target, plan=plan, manifest=manifest, resumed_layers=resumed)
 
 
-def refuse_existing(target: Path) -> None:
-    """Raise `InvalidRecipe` if the target exists, before any time is spent on it."""
-    if target.exists():
-        raise InvalidRecipe(f"{target} exists already; remove it or choose another output")
-
-
 def _task_of(variants: VariantSet, decide: PlanOptions | ConsolidationPlan, reader: TensorReader) -> str:
     """Identifies the work in the journal: the same inputs and decisions continue, others start anew."""
     checkpoints = [*variants.variants.values(), *([variants.base] if variants.base else [])]
@@ -127,22 +123,6 @@ def _task_of(variants: VariantSet, decide: PlanOptions | ConsolidationPlan, read
     decision = dump_plan(decide) if isinstance(decide, ConsolidationPlan) else repr(decide)
     origins = [checkpoint.repository.origin for checkpoint in checkpoints]
     return json.dumps([__version__, SCHEMA, origins, list(variants.variants), prints, decision])
-
-
-def _check_plan(plan: ConsolidationPlan, variants: VariantSet, reader: TensorReader) -> None:
-    if list(plan.variants) != list(variants.variants):
-        raise InvalidRecipe(
-            f"the plan is for variants {', '.join(plan.variants)}, given are {', '.join(variants.variants)}"
-        )
-    layers = [layer.index for layer in variants.first.routed_layers]
-    if plan.num_slots != variants.first.num_experts or [layer.index for layer in plan.layers] != layers:
-        raise IncompatibleInputs("the plan is for checkpoints with other layers or another number of experts")
-    for name, planned in plan.variants.items():
-        if fingerprint(variants.variants[name], reader) != planned.fingerprint:
-            raise IncompatibleInputs(
-                f"variant {name}: {variants.variants[name].label} has other weights than the plan was made "
-                f"for ({planned.source}). Make a new plan with `moemerge plan`"
-            )
 
 
 def _measure(

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from moemerge.bundle.target import writing
 from moemerge.checkpoint.writer import write_text
 from moemerge.errors import InvalidRecipe, NotFound
 
@@ -118,8 +119,13 @@ def dump_plan(plan: ConsolidationPlan) -> str:
 
 
 def write_plan(plan: ConsolidationPlan, path: Path) -> None:
-    """Write the plan as JSON."""
-    write_text(path, dump_plan(plan))
+    """Write the plan as JSON, in place of one that may be there.
+
+    Raises:
+        NotEnoughRoom: It cannot be written.
+    """
+    with writing(path):
+        write_text(path, dump_plan(plan))
 
 
 def read_plan(path: Path) -> ConsolidationPlan:

@@ -22,10 +22,9 @@ from moemerge.consolidation.policies import (
     POLICIES,
     Decision,
     Task,
-    decided_bytes,
     relative_errors,
 )
-from moemerge.errors import InvalidRecipe
+from moemerge.errors import IncompatibleInputs, InvalidRecipe
 from moemerge.progress import Progress, Silent
 from moemerge.similarity.matrices import LayerSimilarity
 
@@ -102,7 +101,7 @@ def build_plan(
     Raises:
         InvalidRecipe: The budget is below the least possible.
     """
-    variant_bytes = max(variant.expert_bytes for variant in variants.variants.values())
+    variant_bytes = _variant_bytes(variants)
     allowed = options.budget.allowed_bytes(variant_bytes)
     task = Task(
         layers=layers,
@@ -111,9 +110,11 @@ def build_plan(
         within=options.within,
     )
     decisions = POLICIES[options.policy](task)
-    total = decided_bytes(task, decisions)
+    planned = [_plan_layer(layer, decided) for layer, decided in zip(layers, decisions, strict=True)]
+    total = _stored_bytes(planned, variants)
     if allowed is not None and total > allowed:
-        raise refuse_budget(options.budget, allowed, total, variant_bytes)
+        can_share_more = options.policy == DEFAULT_POLICY and not options.within
+        raise refuse_budget(options.budget, allowed, total, variant_bytes, can_share_more=can_share_more)
     return ConsolidationPlan(
         schema="moemerge/plan@1",
         family=variants.first.family.model_type,
@@ -126,7 +127,7 @@ def build_plan(
         variant_bytes=variant_bytes,
         pool_bytes=total,
         allowed_bytes=allowed,
-        layers=[_plan_layer(layer, decided) for layer, decided in zip(layers, decisions, strict=True)],
+        layers=planned,
     )
 
 
@@ -145,6 +146,52 @@ def plan_variants(
     with TensorReader() as reader:
         layers = measure_layers(variants, progress, max_ram=max_ram)
         return build_plan(variants, layers, options, reader)
+
+
+def check_plan(plan: ConsolidationPlan, variants: VariantSet, reader: TensorReader) -> None:
+    """Make sure that a plan was made for these checkpoints and says of them what is so.
+
+    Raises:
+        InvalidRecipe: It is for variants of other names, or its bytes do not add up.
+        IncompatibleInputs: It is for checkpoints of another geometry or with other weights.
+    """
+    if list(plan.variants) != list(variants.variants):
+        raise InvalidRecipe(
+            f"the plan is for variants {', '.join(plan.variants)}, given are {', '.join(variants.variants)}"
+        )
+    first = variants.first
+    indices = [layer.index for layer in first.routed_layers]
+    found = (plan.family, plan.num_slots, [layer.index for layer in plan.layers])
+    if found != (first.family.model_type, first.num_experts, indices):
+        raise IncompatibleInputs(
+            "the plan is for checkpoints of another family, with other layers or another number of experts"
+        )
+    for name, planned in plan.variants.items():
+        if fingerprint(variants.variants[name], reader) != planned.fingerprint:
+            raise IncompatibleInputs(
+                f"variant {name}: {variants.variants[name].label} has other weights than the plan was made "
+                f"for ({planned.source}). Make a new plan with `moemerge plan`"
+            )
+    sizes = (_stored_bytes(plan.layers, variants), _variant_bytes(variants))
+    if sizes != (plan.pool_bytes, plan.variant_bytes):
+        raise InvalidRecipe(
+            f"the plan says pool_bytes {plan.pool_bytes} and variant_bytes {plan.variant_bytes}, its pools and "
+            f"these checkpoints have {sizes[0]} and {sizes[1]}. Make a new plan with `moemerge plan`"
+        )
+
+
+def _stored_bytes(layers: list[PlannedLayer], variants: VariantSet) -> int:
+    """Bytes of all pool experts; each part is as wide as the widest it is made from."""
+    total = 0
+    for layer in layers:
+        for planned in layer.pool:
+            sources = [variants.variants[name].experts[layer.index, slot] for name, slot in planned.sources]
+            total += sum(max(source[part].nbytes for source in sources) for part in sources[0])
+    return total
+
+
+def _variant_bytes(variants: VariantSet) -> int:
+    return max(variant.expert_bytes for variant in variants.variants.values())
 
 
 def _planned(checkpoint: Checkpoint, reader: TensorReader) -> PlannedVariant:

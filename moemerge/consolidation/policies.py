@@ -116,11 +116,6 @@ POLICIES: dict[str, Policy] = {
 DEFAULT_POLICY = "cluster"
 
 
-def decided_bytes(task: Task, layers: list[list[Decision]]) -> int:
-    """Bytes of all pools that were decided."""
-    return sum(_decided_bytes(task, decisions) for decisions in layers)
-
-
 def relative_errors(similarity: LayerSimilarity, decisions: list[Decision]) -> NDArray[np.float64]:
     """[N] distance of each expert to its pool expert, over the expert's norm.
 
@@ -146,7 +141,7 @@ def _join_until_it_fits(
     if task.allowed_bytes is not None:
         _carry_out_joins(pools, task, task.allowed_bytes, may_share)
         if not task.within:
-            _match_what_is_stuck(pools, task, task.allowed_bytes)
+            _match_what_is_stuck(pools, task, task.allowed_bytes, may_share)
     num_slots = task.layers[0].num_slots
     return [
         _share_equal(
@@ -178,13 +173,16 @@ def _carry_out_joins(
         total += pools.size(join.result) - pools.size(join.first) - pools.size(join.second)
 
 
-def _match_what_is_stuck(pools: _Pools, task: Task, allowed_bytes: int) -> None:
+def _match_what_is_stuck(
+    pools: _Pools, task: Task, allowed_bytes: int, may_share: Callable[[LayerSimilarity], NDArray[np.bool_]]
+) -> None:
     """Bring layers whose clusters block each other to E clusters, as few layers as the budget asks."""
     for index, layer in enumerate(task.layers):
         if pools.total() <= allowed_bytes:
             return
         if len(pools.clusters[index]) > layer.num_slots:
-            pools.clusters[index] = set(match_variants(layer.distances["relative_l2"], layer.num_slots))
+            distance = layer.distances["relative_l2"]
+            pools.clusters[index] = set(match_variants(distance, may_share(layer), layer.num_slots))
 
 
 def _different_variants(layer: LayerSimilarity) -> NDArray[np.bool_]:

@@ -14,8 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from moemerge.bundle.target import check_target, writing
 from moemerge.checkpoint.digest import hash_file
-from moemerge.errors import Busy, NotEnoughRoom
+from moemerge.errors import Busy, DamagedInput, IncompatibleInputs, InvalidRecipe
 
 _JOURNAL = "journal.jsonl"
 
@@ -51,6 +52,11 @@ class Staging:
         record = {"step": step, "files": files, "result": result or {}}
         self._append(record)
         self._steps[step] = record
+
+    def finished_bytes(self) -> int:
+        """Bytes of the files of finished steps."""
+        paths = [self.folder / name for name in self.files()]
+        return sum(path.stat().st_size for path in paths if path.is_file())
 
     def files(self) -> dict[str, str]:
         """SHA-256 of every file of finished steps."""
@@ -110,28 +116,38 @@ def open_staging(target: Path, task: str, *, restart: bool = False) -> Iterator[
 
     Raises:
         Busy: Another process works on the same target.
+        InvalidRecipe: The target has come into being meanwhile.
         NotEnoughRoom: The disk cannot be written.
     """
     folder = staging_folder(target)
+    with writing(target), _locked(target):
+        check_target(target)
+        if restart and folder.exists():
+            shutil.rmtree(folder)
+        try:
+            yield Staging(folder, task)
+        except (InvalidRecipe, IncompatibleInputs, DamagedInput):
+            # The same command would fail again, and another one starts anew.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
     lock = FileLock(target.with_name(f".{target.name}.lock"))
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise Busy(
             f"{target}: another moemerge is writing it; wait for it or choose another output"
         ) from error
-    except OSError as error:
-        raise NotEnoughRoom(
-            f"{target.parent}: cannot be written ({error.strerror}); choose another output"
-        ) from error
     try:
-        if restart and folder.exists():
-            shutil.rmtree(folder)
-        yield Staging(folder, task)
+        yield
     finally:
-        lock.release()
+        # While it is held: a file that another process has locked meanwhile must not disappear.
         Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def staging_folder(target: Path) -> Path:

@@ -156,13 +156,14 @@ def test_pull_fetches_what_a_merge_needs_and_nothing_else(server, tmp_path):
         "a.png",
     ):
         (folder / unwanted).write_bytes(b"x" * 100)
+    (folder / "tool_use.jinja").write_text("another template")
     server.add("lab/model", folder)
     pulled = hub.pull(hub.HubRepository(HubRef("lab/model")))
     wanted = {path.name for path in folder.iterdir()} - {
         "pytorch_model.bin", "model.gguf", "consolidated.00.pt", "model-old.safetensors", "a.png",
     }  # fmt: skip
     assert set(pulled.files()) == wanted
-    assert {"LICENSE", "tokenizer.json", "chat_template.jinja"} <= wanted
+    assert {"LICENSE", "tokenizer.json", "tool_use.jinja"} <= wanted
     assert {key for key, count in server.sent.items() if count} == {f"lab/model/{name}" for name in wanted}
 
 

@@ -1,0 +1,110 @@
+"""Quality of every policy at every budget, on a family with held-out text or tasks.
+
+python benchmarks/quality.py FAMILY --text DIR           perplexity of a decoder-only family
+python benchmarks/quality.py FAMILY --tasks DIR          exact match of an encoder-decoder family
+
+FAMILY holds `base` and one folder per fine-tune; DIR holds `<fine-tune>.test.txt` or
+`<fine-tune>.test.jsonl`. Prints markdown tables.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from moemerge.bundle.reader import open_bundle
+from moemerge.bundle.verify import verify_bundle
+from moemerge.checkpoint.tokenizer import load_tokenizer
+from moemerge.checkpoint.variants import VariantSet, open_variants
+from moemerge.consolidation.pipeline import merge
+from moemerge.consolidation.policies import POLICIES
+from moemerge.consolidation.recipe import options_of
+from moemerge.evaluation.loading import Model, average_models, load_model
+from moemerge.evaluation.perplexity import cut_windows, mean_nll, perplexity
+from moemerge.evaluation.tasks import exact_match, read_task
+from moemerge.models import Decoder, EncoderDecoder
+from moemerge.refs import FolderRef
+from moemerge.runner.engine import Engine
+
+BUDGETS = ("1x", "1.5x", "2x")
+Score = Callable[[str, Model], float]
+
+
+def perplexity_of(variants: VariantSet, folder: Path, windows: int) -> Score:
+    """Perplexity of a model on a variant's test text, in windows of 256 tokens."""
+    cut = {}
+    for name, checkpoint in variants.variants.items():
+        tokenizer = load_tokenizer(checkpoint.side_file, name)
+        cut[name] = cut_windows(tokenizer.encode((folder / f"{name}.test.txt").read_text()), 256, windows)
+
+    def score(name: str, model: Model) -> float:
+        assert isinstance(model, Decoder)
+        return perplexity(mean_nll(model, cut[name]))
+
+    return score
+
+
+def accuracy_of(variants: VariantSet, folder: Path, rows: int) -> Score:
+    """Exact match of a model's greedy answers on a variant's test rows."""
+    tasks = {name: read_task(folder / f"{name}.test.jsonl", rows) for name in variants.variants}
+    tokenizers = {name: load_tokenizer(c.side_file, name) for name, c in variants.variants.items()}
+
+    def score(name: str, model: Model) -> float:
+        assert isinstance(model, EncoderDecoder)
+        tokenizer = tokenizers[name]
+        return exact_match(model, tasks[name], tokenizer.encode, tokenizer.decode, tokenizer.stop_token_ids)
+
+    return score
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", type=Path)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--text", type=Path)
+    kind.add_argument("--tasks", type=Path)
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=400)
+    arguments = parser.parse_args()
+
+    folder = arguments.text or arguments.tasks
+    ending = ".test.txt" if arguments.text else ".test.jsonl"
+    fine_tunes = sorted(p for p in arguments.family.iterdir() if (folder / f"{p.name}{ending}").is_file())
+    variants = open_variants({p.name: FolderRef(p) for p in fine_tunes}, FolderRef(arguments.family / "base"))
+    if arguments.text:
+        score = perplexity_of(variants, folder, arguments.windows)
+    else:
+        score = accuracy_of(variants, folder, arguments.rows)
+
+    names = list(variants.variants)
+    print(f"| policy | budget | bytes ratio | {' | '.join(names)} | mean |")
+    print(f"| --- | --- | --- | {' | '.join('---' for _ in names)} | --- |")
+    assert variants.base is not None
+    base = load_model(variants.base)
+    print_row("base alone", "-", 1.0, [score(name, base) for name in names])
+    own = [score(name, load_model(variants.variants[name])) for name in names]
+    print_row("separate models", "-", len(names), own)
+    average = average_models(list(variants.variants.values()))
+    print_row("whole models averaged", "-", 1.0, [score(name, average) for name in names])
+    with tempfile.TemporaryDirectory() as temporary:
+        for budget, policy in [("exact", "cluster"), *((b, p) for b in BUDGETS for p in POLICIES)]:
+            target = Path(temporary) / "bundle.moe"
+            merged = merge(variants, target, options_of(budget, policy, within=False))
+            verify_bundle(target)
+            engine = Engine(open_bundle(target), dtype="float32")
+            scores = []
+            for name in names:
+                engine.switch(name)
+                scores.append(score(name, engine.model))
+            print_row(policy, budget, merged.plan.bytes_ratio, scores)
+            shutil.rmtree(target)
+
+
+def print_row(policy: str, budget: str, ratio: float, scores: list[float]) -> None:
+    cells = " | ".join(f"{value:.3f}" for value in scores)
+    print(f"| {policy} | {budget} | {ratio:.3f} | {cells} | {sum(scores) / len(scores):.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
