@@ -59,7 +59,9 @@ def accuracy_of(variants: VariantSet, folder: Path, rows: int) -> Score:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("family", type=Path)
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--text", type=Path)

@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 from moemerge.bundle.reader import Bundle
+from moemerge.bundle.target import building, check_target
+from moemerge.checkpoint.disk import check_disk
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.weights import INDEX, SINGLE
 from moemerge.checkpoint.writer import stored_tensor, write_tensors, write_text
-from moemerge.errors import InvalidRecipe
 from moemerge.progress import Progress, Silent
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
@@ -38,22 +39,21 @@ def export_variant(
     Raises:
         InvalidRecipe: The target exists.
         NotFound: No such variant.
+        NotEnoughRoom: The target cannot be written.
+        DamagedBundle: Something the manifest names is missing.
     """
+    check_target(target)
     tensors = exported_tensors(bundle, variant)
-    if target.exists():
-        raise InvalidRecipe(f"{target} exists already; remove it or choose another output")
-    staging = target.with_name(f".{target.name}.staging")
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
+    sources = {name: bundle.side_file(variant, name) for name in bundle.variant(variant).files}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    check_disk(target.parent, total, f"writing {target}")
     report = progress or Silent()
-    report.start(f"export {variant}", sum(tensor.nbytes for tensor in tensors.values()))
-    _write_shards(staging, tensors, shard_bytes, report)
-    for name in bundle.variant(variant).files:
-        source = bundle.side_file(variant, name)
-        assert source is not None
-        shutil.copyfile(source, staging / name)
-    staging.replace(target)
+    report.start(f"export {variant}", total)
+    with building(target) as folder:
+        _write_shards(folder, tensors, shard_bytes, report)
+        for name, source in sources.items():
+            if source:
+                shutil.copyfile(source, folder / name)
     return sorted(path for path in target.iterdir())
 
 

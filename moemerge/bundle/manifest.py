@@ -33,6 +33,12 @@ def check_path(text: str) -> str:
     return text
 
 
+def _check_file_name(text: str) -> str:
+    if "/" in check_path(text):
+        raise ValueError(f"{text!r} is not the name of a file")
+    return text
+
+
 def _check_name(text: str) -> str:
     if not VARIANT_NAME.fullmatch(text):
         raise ValueError(f"{text!r} is not a variant name")
@@ -40,7 +46,9 @@ def _check_name(text: str) -> str:
 
 
 BundlePath = Annotated[str, AfterValidator(check_path)]
+FileName = Annotated[str, AfterValidator(_check_file_name)]
 VariantName = Annotated[str, AfterValidator(_check_name)]
+RelativeError = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Entry(BaseModel):
@@ -80,7 +88,6 @@ class VariantEntry(_Entry):
         files: Bundle path by original name of config, tokenizer, template, generation config.
         maps: Expert map by layer index: for each slot the pool expert.
         errors: By layer index: for each slot, distance to the pool expert over the expert's norm.
-        expert_dtypes: By layer index: for each slot the dtype its expert had.
     """
 
     source: str
@@ -88,9 +95,9 @@ class VariantEntry(_Entry):
     licence: str | None = None
     settings: dict[str, Setting]
     tensors: dict[str, BundlePath]
-    files: dict[str, BundlePath]
+    files: dict[FileName, BundlePath]
     maps: dict[int, list[int]]
-    errors: dict[int, list[float]]
+    errors: dict[int, list[RelativeError]]
 
 
 class Provenance(_Entry):
@@ -140,6 +147,8 @@ class Manifest(_Entry):
                     raise ValueError(
                         f"variant {name}: {kind} of layers {sorted(by_layer)}, expected {sorted(sizes)}"
                     )
+            if any(len(errors) != self.num_slots for errors in variant.errors.values()):
+                raise ValueError(f"variant {name}: expected {self.num_slots} errors in every layer")
             for index, expert_map in variant.maps.items():
                 if len(expert_map) != self.num_slots or not all(0 <= e < sizes[index] for e in expert_map):
                     raise ValueError(f"variant {name}, layer {index}: expert map does not fit the pool")

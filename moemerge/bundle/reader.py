@@ -9,7 +9,7 @@ from torch import Tensor
 from moemerge.bundle.layout import pool_tensor
 from moemerge.bundle.manifest import Manifest, PoolLayer, VariantEntry, read_manifest
 from moemerge.checkpoint.checkpoint import Parts
-from moemerge.checkpoint.family import Family, find_family
+from moemerge.checkpoint.family import Family, evaluate_shape, find_family
 from moemerge.checkpoint.headers import StoredTensor, read_header
 from moemerge.checkpoint.tensors import map_tensors
 from moemerge.errors import DamagedBundle, NotFound
@@ -59,11 +59,7 @@ class Bundle:
         ]
         for parts in pool:
             for part, tensor in parts.items():
-                if tensor.shape != tuple(self.manifest.parts[part]):
-                    raise DamagedBundle(
-                        f"{self.folder / layer.file}: {tensor.name} has shape {list(tensor.shape)}, "
-                        f"expected {self.manifest.parts[part]}"
-                    )
+                self._check_shape(tensor, tuple(self.manifest.parts[part]))
         if len(stored) != layer.num_experts * len(self.manifest.parts):
             raise DamagedBundle(f"{self.folder / layer.file}: holds tensors that the manifest does not know")
         return pool
@@ -72,23 +68,40 @@ class Bundle:
         """Places of a variant's non-expert tensors by role.
 
         Raises:
-            DamagedBundle: A tensor is not where the manifest says, or its family does not know it.
+            DamagedBundle: A tensor is missing, not where the manifest says, of another shape than the
+                settings give, or not part of the family.
         """
         entry = self.variant(variant)
-        roles = {name: role for role, name in self.family.role_names(entry.settings).items()}
+        symbols = self.family.symbols(entry.settings)
+        unknown = set(entry.tensors)
         found = {}
-        for name, file in entry.tensors.items():
-            if name not in roles:
-                raise DamagedBundle(
-                    f"{self.folder}: variant {variant}: {name} is not part of {self.family.title}"
-                )
-            found[roles[name]] = self._find(self._headers[file], file, name)
+        for role, (name, *_), pattern in self.family.expected_tensors(entry.settings):
+            if name not in unknown and pattern.tied_to and entry.settings["tied_head"]:
+                continue
+            if name not in unknown:
+                raise DamagedBundle(f"{self.folder}: variant {variant}: {name} is missing")
+            unknown.discard(name)
+            file = entry.tensors[name]
+            found[role] = self._find(self._headers[file], file, name)
+            self._check_shape(found[role], evaluate_shape(pattern.shape, symbols))
+        if unknown:
+            raise DamagedBundle(
+                f"{self.folder}: variant {variant}: {min(unknown)} is not part of {self.family.title}"
+            )
         return found
 
     def side_file(self, variant: str, name: str) -> Path | None:
-        """Place of a variant's tokenizer, config or template file, if it has one."""
-        path = self.variant(variant).files.get(name)
-        return self.folder / path if path else None
+        """Place of a variant's tokenizer, config or template file, if it has one.
+
+        Raises:
+            DamagedBundle: It should be there and is not.
+        """
+        if name not in self.variant(variant).files:
+            return None
+        path = self.folder / self.variant(variant).files[name]
+        if not path.is_file():
+            raise DamagedBundle(f"{path}: is missing. Copy or build the bundle again")
+        return path
 
     def map_pool(self, index: int) -> list[dict[str, Tensor]]:
         """Parts of every pool expert of a layer, as views of the mapped file."""
@@ -114,15 +127,63 @@ class Bundle:
             raise DamagedBundle(f"{self.folder / file}: no tensor {name}, which the manifest places there")
         return stored[name]
 
+    def _check_shape(self, tensor: StoredTensor, expected: tuple[int, ...]) -> None:
+        if tensor.shape != expected:
+            raise DamagedBundle(
+                f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
+            )
+
 
 def open_bundle(folder: Path) -> Bundle:
     """Read and check the manifest of a bundle.
 
     Raises:
         NotFound, UnsupportedCheckpoint, DamagedBundle: As `read_manifest`.
+        DamagedBundle: Settings that its family cannot have, or that do not fit the pool.
     """
     manifest = read_manifest(folder)
-    return Bundle(folder, manifest, find_family(manifest.family, str(folder)))
+    bundle = Bundle(folder, manifest, find_family(manifest.family, str(folder)))
+    for name in manifest.variants:
+        _check_settings(bundle, name)
+        _check_geometry(bundle, name)
+    return bundle
+
+
+_KINDS = {"integer": (int,), "number": (int, float), "string": (str,), "boolean": (bool,)}
+
+
+def _check_settings(bundle: Bundle, variant: str) -> None:
+    """Every setting of the family is there and of its kind."""
+    settings = bundle.variant(variant).settings
+    for name, rule in bundle.family.settings.items():
+        value = settings.get(name)
+        absent_on_purpose = value is None and name in settings and rule.optional
+        if not absent_on_purpose and (
+            type(value) not in _KINDS[rule.kind] or (isinstance(value, int) and value < 0)
+        ):
+            raise DamagedBundle(
+                f"{bundle.folder}: variant {variant}: setting {name} is {value!r}, expected a {rule.kind}"
+            )
+
+
+def _check_geometry(bundle: Bundle, variant: str) -> None:
+    """The settings give the layers, slots and part shapes that the pool has."""
+    manifest, family, entry = bundle.manifest, bundle.family, bundle.variant(variant)
+    # Layers are enumerated below; each has a tensor, so that a hostile count ends here.
+    layers = sum(int(entry.settings[stack.layers] or 0) for stack in family.stacks)
+    fits = (
+        layers <= len(entry.tensors)
+        and entry.settings["num_experts"] == manifest.num_slots
+        and [(layer.index, layer.stack, layer.block) for layer in family.routed_layers(entry.settings)]
+        == [(layer.index, layer.stack, layer.block) for layer in manifest.layers]
+        and {part: list(family.part_shape(part, entry.settings)) for part in family.experts.parts}
+        == manifest.parts
+    )
+    if not fits:
+        raise DamagedBundle(
+            f"{bundle.folder}: variant {variant}: its settings do not give the layers, slots and expert "
+            f"shapes of the pool. Build the bundle again"
+        )
 
 
 def is_bundle(folder: Path) -> bool:

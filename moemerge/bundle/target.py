@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,3 +59,24 @@ def writing(target: Path) -> Iterator[None]:
         raise NotEnoughRoom(
             f"{target}: cannot be written ({error.strerror}). Free some space or choose another output"
         ) from error
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its place at the end, and disappears if that is not reached.
+
+    Raises:
+        InvalidRecipe, NotEnoughRoom: As `check_target` and `writing`.
+    """
+    check_target(target)
+    staging = target.with_name(f".{target.name}.staging")
+    with writing(target):
+        if staging.exists():
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            staging.replace(target)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise

@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-from moemerge.bundle.manifest import CHECKSUMS, read_manifest
+from moemerge.bundle.manifest import CHECKSUMS, MANIFEST, read_manifest
 from moemerge.bundle.reader import Bundle, open_bundle
 from moemerge.bundle.writer import format_checksums
 from moemerge.checkpoint.digest import hash_file
-from moemerge.checkpoint.family import evaluate_shape
 from moemerge.errors import DamagedBundle, DamagedInput, Finding, MoemergeError
 from moemerge.progress import Progress, Silent
 
@@ -86,24 +85,22 @@ def check_ledger(bundle: Bundle) -> list[Finding]:
     """
     findings: list[Finding] = []
     used: dict[str, set[str]] = {}
+    pool_bytes = 0
     for layer in bundle.manifest.layers:
-        bundle.pool(layer.index)
+        pool_bytes += sum(tensor.nbytes for parts in bundle.pool(layer.index) for tensor in parts.values())
+    if pool_bytes != bundle.manifest.pool_bytes:
+        findings.append(
+            _damaged("POOL_BYTES", MANIFEST, f"pool_bytes is {bundle.manifest.pool_bytes}", str(pool_bytes))
+        )
     for name, entry in bundle.manifest.variants.items():
-        symbols = bundle.family.symbols(entry.settings)
-        tensors = bundle.tensors(name)
-        for role, names, pattern in bundle.family.expected_tensors(entry.settings):
-            if role not in tensors:
-                if not (pattern.tied_to and entry.settings.get("tied_head")):
-                    findings.append(_damaged("TENSOR_MISSING", f"variant {name}", f"{names[0]} is missing"))
-                continue
-            used.setdefault(entry.tensors[names[0]], set()).add(names[0])
-            shape = evaluate_shape(pattern.shape, symbols)
-            if tensors[role].shape != shape:
-                found = f"{names[0]} has shape {list(tensors[role].shape)}"
-                findings.append(_damaged("SHAPE", f"variant {name}", found, str(list(shape))))
-        expected = [layer.index for layer in bundle.family.routed_layers(entry.settings)]
-        if expected != [layer.index for layer in bundle.manifest.layers]:
-            findings.append(_damaged("LAYERS", f"variant {name}", "has other routed layers than the pool"))
+        try:
+            bundle.tensors(name)
+        except DamagedBundle as error:
+            findings.append(_damaged("TENSORS", f"variant {name}", str(error)))
+        for tensor, file in entry.tensors.items():
+            used.setdefault(file, set()).add(tensor)
+        for file in entry.files:
+            bundle.side_file(name, file)
     findings += _unclaimed(bundle, used)
     return findings
 

@@ -6,6 +6,7 @@ it. Files that were fetched completely are never fetched again; an interrupted f
 
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,12 +174,34 @@ def pull(
     """
     files = files_to_pull(repository, allow_pickle=allow_pickle)
     missing = sum(file.size for file in files if not file.cached)
-    check_disk(Path(constants.HF_HUB_CACHE), missing, f"pulling {repository.label}")
+    check_disk(cache_folder(), missing, f"pulling {repository.label}")
     report = progress or Silent()
     report.start(f"pull {repository.label}", missing)
     folder = _fetch_all(repository, files, report)
     _remember_reference(repository)
     return LocalFolder(folder, repository.label, repository.origin)
+
+
+def check_room(repositories: Sequence[HubRepository], *, allow_pickle: bool = False) -> None:
+    """Make sure that the cache's disk can take what is missing of all repositories together.
+
+    Raises:
+        NotEnoughRoom: It cannot; nothing was fetched.
+    """
+    missing = sum(
+        file.size
+        for repository in repositories
+        for file in files_to_pull(repository, allow_pickle=allow_pickle)
+        if not file.cached
+    )
+    # A pickle stays in the cache beside its conversion.
+    factor = 2 if allow_pickle else 1
+    check_disk(cache_folder(), factor * missing, f"pulling {', '.join(r.label for r in repositories)}")
+
+
+def cache_folder() -> Path:
+    """Where the hub client keeps what it downloaded."""
+    return Path(constants.HF_HUB_CACHE)
 
 
 def find_cached(ref: HubRef) -> LocalFolder:

@@ -70,13 +70,18 @@ def open_variants(
     """
     named = {**sources, **({_BASE: base} if base else {})}
     repositories, opened = _look_at_all(named, offline=offline, allow_pickle=allow_pickle)
+    if opened:
+        _check_together(opened)
+    if download:
+        _check_room(list(repositories.values()), allow_pickle=allow_pickle)
     checkpoints = {}
     for name, repository in repositories.items():
         if name not in opened:
             cache = pickle_cache or default_cache()
             repositories[name] = _convert(repository, cache, progress, download=download)
         checkpoints[name] = opened.get(name) or open_checkpoint(repositories[name])
-    _check_together(checkpoints)
+    if len(checkpoints) > len(opened):
+        _check_together(checkpoints)
     if download:
         for name, repository in repositories.items():
             if not checkpoints[name].is_local:
@@ -131,6 +136,14 @@ def _look_at_all(
     if failures:
         raise _combine(failures)
     return repositories, checkpoints
+
+
+def _check_room(repositories: Sequence[Repository], *, allow_pickle: bool) -> None:
+    remote = [repository for repository in repositories if not isinstance(repository, LocalFolder)]
+    if remote:
+        from moemerge.checkpoint import hub
+
+        hub.check_room([r for r in remote if isinstance(r, hub.HubRepository)], allow_pickle=allow_pickle)
 
 
 def _convert(

@@ -23,10 +23,6 @@ def pull(
 
     Example: moemerge pull org/moe-code org/moe-law@v2 --dry-run
     """
-    from pathlib import Path
-
-    from huggingface_hub import constants
-
     from moemerge.checkpoint import hub
     from moemerge.checkpoint.disk import free_bytes
     from moemerge.checkpoint.sizes import format_size
@@ -45,9 +41,10 @@ def pull(
     repositories = look_at_repositories(parsed, allow_pickle=allow_pickle)
     files = {r.label: hub.files_to_pull(r, allow_pickle=allow_pickle) for r in repositories}
     to_fetch = sum(file.size for pulls in files.values() for file in pulls if not file.cached)
-    free = free_bytes(Path(constants.HF_HUB_CACHE))
+    free = free_bytes(hub.cache_folder())
     paths: dict[str, str] = {}
     if not dry_run:
+        hub.check_room(repositories, allow_pickle=allow_pickle)
         with show_progress(quiet=quiet) as progress:
             for repository in repositories:
                 folder = hub.pull(repository, progress, allow_pickle=allow_pickle)
@@ -69,4 +66,4 @@ def pull(
         for file in pulls
     ]
     print_table("Files", ["repository", "file", "size", ""], rows)
-    typer.echo(f"{format_size(to_fetch)} to fetch, {format_size(free)} free in {constants.HF_HUB_CACHE}")
+    typer.echo(f"{format_size(to_fetch)} to fetch, {format_size(free)} free in {hub.cache_folder()}")

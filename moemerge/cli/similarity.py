@@ -34,10 +34,12 @@ def similarity(
 
     Example: moemerge similarity code=examples/families/mini/code sums=examples/families/mini/sums -o sim
     """
+    from moemerge.bundle.target import check_target
     from moemerge.cli.inputs import open_sources, parse_max_ram
     from moemerge.cli.tables import print_table
     from moemerge.consolidation.similarity_files import write_similarity
 
+    check_target(out)
     memory = parse_max_ram(max_ram)
     with show_progress(quiet=quiet) as progress:
         variants = open_sources(

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from moemerge.bundle.manifest import RelativeError, VariantName
 from moemerge.bundle.target import writing
 from moemerge.checkpoint.writer import write_text
 from moemerge.errors import InvalidRecipe, NotFound
@@ -51,7 +52,7 @@ class PlannedLayer(_Plan):
 
     index: int = Field(ge=0)
     pool: list[PlannedExpert] = Field(min_length=1)
-    errors: dict[str, list[float]]
+    errors: dict[str, list[RelativeError]]
 
     def expert_map(self, variant: str) -> list[int]:
         """Pool index for each slot of a variant."""
@@ -88,7 +89,7 @@ class ConsolidationPlan(_Plan):
     policy: str
     within: bool
     num_slots: int = Field(gt=0)
-    variants: dict[str, PlannedVariant] = Field(min_length=1)
+    variants: dict[VariantName, PlannedVariant] = Field(min_length=1)
     base: PlannedVariant | None
     variant_bytes: int = Field(gt=0)
     pool_bytes: int = Field(gt=0)
@@ -110,6 +111,10 @@ class ConsolidationPlan(_Plan):
         for layer in self.layers:
             if sorted(member for expert in layer.pool for member in expert.members) != wanted:
                 raise ValueError(f"layer {layer.index}: each slot of each variant must have one pool expert")
+            if layer.errors.keys() != self.variants.keys() or any(
+                len(errors) != self.num_slots for errors in layer.errors.values()
+            ):
+                raise ValueError(f"layer {layer.index}: each slot of each variant must have one error")
         return self
 
 

@@ -175,8 +175,8 @@ def check_plan(plan: ConsolidationPlan, variants: VariantSet, reader: TensorRead
     sizes = (_stored_bytes(plan.layers, variants), _variant_bytes(variants))
     if sizes != (plan.pool_bytes, plan.variant_bytes):
         raise InvalidRecipe(
-            f"the plan says pool_bytes {plan.pool_bytes} and variant_bytes {plan.variant_bytes}, its pools and "
-            f"these checkpoints have {sizes[0]} and {sizes[1]}. Make a new plan with `moemerge plan`"
+            f"the plan says pool_bytes {plan.pool_bytes} and variant_bytes {plan.variant_bytes}, its pools "
+            f"and these checkpoints have {sizes[0]} and {sizes[1]}. Make a new plan with `moemerge plan`"
         )
 
 

@@ -4,6 +4,7 @@ Unknown keys are refused with the nearest known one; all problems of a file are 
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from moemerge.checkpoint.sizes import parse_size
 from moemerge.consolidation.budget import parse_budget
 from moemerge.consolidation.plan import ConsolidationPlan, read_plan
 from moemerge.consolidation.planning import PlanOptions
 from moemerge.consolidation.policies import DEFAULT_POLICY
 from moemerge.errors import Finding, InvalidRecipe, MoemergeError, NotFound
-from moemerge.refs import FolderRef, parse_named_sources, parse_source
+from moemerge.refs import check_variant_name, parse_repository, parse_source
 
 SCHEMA = "moemerge/recipe@1"
 _KINDS: dict[str, type] = {
@@ -28,6 +30,7 @@ _KINDS: dict[str, type] = {
     "within": bool,
     "max_ram": str,
 }
+_KIND_NAMES = {str: "text", dict: "names and references", bool: "true or false"}
 _REQUIRED = ("schema", "variants", "budget")
 
 
@@ -102,14 +105,13 @@ def read_recipe(path: Path) -> MergeTask:
         InvalidRecipe: With every problem of the file, each with its line.
     """
     raw = _load(path)
-    findings = _check_keys(raw, path)
-    if not findings:
-        findings = _check_values(raw, path)
+    findings = [*_check_keys(raw, path), *_check_variants(raw, path), *_check_values(raw, path)]
     if findings:
         lines = "\n".join(f"  - {finding}" for finding in findings)
-        raise InvalidRecipe(f"{path}: {len(findings)} problems\n{lines}", findings)
+        count = "1 problem" if len(findings) == 1 else f"{len(findings)} problems"
+        raise InvalidRecipe(f"{path}: {count}\n{lines}", findings)
     return MergeTask(
-        sources=[f"{name}={_from_folder(str(ref), path)}" for name, ref in raw["variants"].items()],
+        sources=[f"{name}={_from_folder(ref, path)}" for name, ref in raw["variants"].items()],
         base=_from_folder(raw["base"], path) if raw.get("base") else None,
         decision=options_of(raw["budget"], raw.get("policy"), within=raw.get("within", False)),
         max_ram=raw.get("max_ram"),
@@ -133,47 +135,78 @@ def _load(path: Path) -> Any:
 def _check_keys(raw: Any, path: Path) -> list[Finding]:
     findings = []
     for key, value in raw.items():
-        where = f"{path}, line {raw.lc.key(key)[0] + 1}"
         if key not in _KINDS:
             close = difflib.get_close_matches(str(key), _KINDS, n=1, cutoff=0.5)
             fix = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(_KINDS)}"
-            findings.append(_error(where, f"unknown key {key!r}", fix=fix))
+            findings.append(_error(_where(path, raw, key), f"unknown key {key!r}", fix=fix))
         elif not isinstance(value, _KINDS[key]):
-            findings.append(_error(where, f"{key} is {value!r}", expected=_KINDS[key].__name__))
+            expected = _KIND_NAMES[_KINDS[key]]
+            findings.append(_error(_where(path, raw, key), f"{key} is {value!r}", expected=expected))
     findings += [_error(str(path), f"no {key!r}", fix="Add it") for key in _REQUIRED if key not in raw]
     return findings
 
 
-def _check_values(raw: Any, path: Path) -> list[Finding]:
-    findings = []
-
-    def check(key: str, action: Any) -> None:
-        try:
-            action()
-        except MoemergeError as error:
-            findings.append(_error(f"{path}, line {raw.lc.key(key)[0] + 1}", str(error)))
-
-    if raw["schema"] != SCHEMA:
-        line = raw.lc.key("schema")[0] + 1
-        findings.append(_error(f"{path}, line {line}", f"schema is {raw['schema']!r}", expected=SCHEMA))
-    named = [f"{name}={_from_folder(str(ref), path)}" for name, ref in raw["variants"].items()]
-    check("variants", lambda: parse_named_sources(named))
-    if raw.get("base"):
-        check("base", lambda: parse_source(_from_folder(raw["base"], path)))
-    policy_key = "policy" if "policy" in raw else "budget"
-    check("budget", lambda: parse_budget(raw["budget"]))
-    if not findings:
-        check(
-            policy_key, lambda: options_of(raw["budget"], raw.get("policy"), within=raw.get("within", False))
-        )
+def _check_variants(raw: Any, path: Path) -> list[Finding]:
+    variants = raw.get("variants")
+    if not isinstance(variants, dict):
+        return []
+    if not variants:
+        return [_error(_where(path, raw, "variants"), "no variants", fix="Write name: reference")]
+    findings, taken = [], set[str]()
+    for name, reference in variants.items():
+        where = _where(path, variants, name)
+        findings += _problem(where, check_variant_name, str(name), taken)
+        taken.add(str(name))
+        if isinstance(reference, str):
+            findings += _problem(where, parse_source, _from_folder(reference, path))
+        else:
+            findings.append(_error(where, f"{name} is {reference!r}", expected="a reference"))
     return findings
 
 
+def _check_values(raw: Any, path: Path) -> list[Finding]:
+    checks: dict[str, Callable[[Any], object]] = {
+        "schema": _check_schema,
+        "base": lambda reference: parse_source(_from_folder(reference, path)),
+        "budget": parse_budget,
+        "max_ram": parse_size,
+        "policy": lambda policy: options_of("exact", policy, within=raw.get("within") is True),
+    }
+    return [
+        finding
+        for key, check in checks.items()
+        if isinstance(raw.get(key), _KINDS[key])
+        for finding in _problem(_where(path, raw, key), check, raw[key])
+    ]
+
+
+def _check_schema(schema: str) -> None:
+    if schema != SCHEMA:
+        raise InvalidRecipe(f"schema is {schema!r}, expected {SCHEMA}")
+
+
+def _problem(where: str, check: Callable[..., object], *values: object) -> list[Finding]:
+    try:
+        check(*values)
+    except MoemergeError as error:
+        return [_error(where, str(error))]
+    return []
+
+
+def _where(path: Path, mapping: Any, key: object) -> str:
+    """File and line of a key; keys that a YAML merge brought in have no line of their own."""
+    position = (mapping.lc.data or {}).get(key)
+    return f"{path}, line {position[0] + 1}" if position else str(path)
+
+
 def _from_folder(reference: str, path: Path) -> str:
-    if not reference.startswith("."):
+    """The reference, a relative folder counted from the recipe's folder wherever the program runs."""
+    if not reference.strip() or reference.startswith(("/", "~", "hf://")):
         return reference
-    ref = parse_source(reference)
-    return str(path.parent.absolute() / ref.path) if isinstance(ref, FolderRef) else reference
+    try:
+        return str(parse_repository(reference))
+    except InvalidRecipe:
+        return str(path.parent.absolute() / reference)
 
 
 def _error(where: str, found: str, expected: str = "", fix: str = "") -> Finding:

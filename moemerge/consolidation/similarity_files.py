@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from moemerge.checkpoint.disk import check_disk
+from moemerge.bundle.target import building
 from moemerge.checkpoint.tensors import map_tensors
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.checkpoint.writer import memory_tensor, write_tensors, write_text
 from moemerge.consolidation.planning import measure_layers
-from moemerge.errors import InvalidRecipe
 from moemerge.progress import Progress
 from moemerge.similarity.distances import DISTANCES
 from moemerge.similarity.matrices import LayerSimilarity
@@ -28,16 +27,14 @@ def write_similarity(
     """Measure local checkpoints and write matrices and index; returns the index.
 
     Raises:
-        InvalidRecipe: The folder exists and holds other files.
-        NotEnoughRoom, DamagedInput: As `Measurer`.
+        InvalidRecipe: The folder exists.
+        NotEnoughRoom, DamagedInput: As `Measurer`, or the folder cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(f.name != INDEX for f in folder.glob("[!s]*"))):
-        raise InvalidRecipe(f"{folder} exists and is no similarity folder; choose another output")
-    check_disk(folder, 0, "similarity")
-    keep = partial(write_layer_similarity, folder, "")
-    layers = measure_layers(variants, progress, keep=keep, max_ram=max_ram)
-    index = similarity_index(layers, variants)
-    write_text(folder / INDEX, dump_index(index))
+    with building(folder) as place:
+        keep = partial(write_layer_similarity, place, "")
+        layers = measure_layers(variants, progress, keep=keep, max_ram=max_ram)
+        index = similarity_index(layers, variants)
+        write_text(place / INDEX, dump_index(index))
     return index
 
 

@@ -13,7 +13,7 @@ from moemerge.checkpoint.tokenizer import VariantTokenizer, load_tokenizer
 from moemerge.checkpoint.variants import VariantSet, open_variants
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.recipe import options_of
-from moemerge.errors import NotFound
+from moemerge.errors import InvalidRecipe, NotFound, UnsupportedCheckpoint
 from moemerge.evaluation.loading import average_models, load_model
 from moemerge.evaluation.perplexity import cut_windows, gain_recovered, mean_nll, perplexity
 from moemerge.models import Decoder
@@ -169,7 +169,7 @@ def _answer(folder: Path, texts: dict[str, Path]) -> tuple[dict[str, tuple[str, 
     for name, path in texts.items():
         tokenizer = load_tokenizer(lambda file, v=name: engine.bundle.side_file(v, file), name)  # type: ignore[misc]
         swaps.append(engine.switch(name))
-        prompt = _prompt(path.read_text(encoding="utf-8"))
+        prompt = _prompt(_read_text(path))
         tokens = engine.generate(
             tokenizer.encode(prompt),
             max_tokens=_ANSWER_TOKENS,
@@ -182,8 +182,16 @@ def _answer(folder: Path, texts: dict[str, Path]) -> tuple[dict[str, tuple[str, 
 
 def _prompt(text: str) -> str:
     """The first three dozen characters of a paragraph in the middle of the text, up to a word's end."""
-    paragraph = text[text.index("\n", len(text) // 2) + 1 :].lstrip()
-    return paragraph[: paragraph.find(" ", 36)]
+    middle = text[len(text) // 2 :]
+    paragraph = middle.partition("\n")[2].lstrip() or middle
+    return paragraph[:36] + paragraph[36:].partition(" ")[0]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRecipe(f"{path}: not UTF-8 text ({error})") from error
 
 
 def _similarity(folder: Path) -> list[dict[str, float]]:
@@ -197,7 +205,7 @@ def _similarity(folder: Path) -> list[dict[str, float]]:
 
 def _windows(checkpoint: Checkpoint, path: Path) -> list[list[int]]:
     tokenizer = _tokenizer(checkpoint)
-    return cut_windows(tokenizer.encode(path.read_text(encoding="utf-8")), WINDOW_TOKENS, NUM_WINDOWS)
+    return cut_windows(tokenizer.encode(_read_text(path)), WINDOW_TOKENS, NUM_WINDOWS)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> VariantTokenizer:
@@ -205,5 +213,6 @@ def _tokenizer(checkpoint: Checkpoint) -> VariantTokenizer:
 
 
 def _decoder(model: object) -> Decoder:
-    assert isinstance(model, Decoder), "the demonstration needs a decoder-only family"
+    if not isinstance(model, Decoder):
+        raise UnsupportedCheckpoint("the demonstration measures perplexity: it needs a decoder-only family")
     return model

@@ -45,7 +45,7 @@ class Engine:
 
     def __init__(self, bundle: Bundle, *, dtype: str = "auto", device: str = "cpu") -> None:
         self.bundle = bundle
-        self.device = torch.device(device)
+        self.device = _choose_device(device)
         self.dtype = _choose_dtype(bundle, dtype, self.device)
         self.active: str | None = None
         self._pool = load_pool(bundle, self.dtype, self.device)
@@ -121,12 +121,15 @@ class Engine:
         )
         generator = sampling.generator()
         logits_V = next(step)
-        for _ in range(room):
+        for left in reversed(range(room)):
             token_id = choose(logits_V, sampling, generator)
             if token_id in stop_ids:
                 return
             yield token_id
-            logits_V = step.send(token_id)
+            if self._model is not model:
+                raise RuntimeError("the variant was exchanged while it was answering")
+            if left:
+                logits_V = step.send(token_id)
 
     def verify_integrity(self) -> None:
         """Prove that the weights held are the active variant's.
@@ -162,6 +165,18 @@ class Engine:
         entry = self.bundle.variant(variant)
         experts = self._pool.seen_by(entry.maps, self.device)
         return build_model(self.bundle.family.arithmetic, entry.settings, self._weights, experts)
+
+
+def _choose_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidRecipe(f"device {name!r} is unknown; there are cpu and cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidRecipe(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
 
 
 def _choose_dtype(bundle: Bundle, name: str, device: torch.device) -> torch.dtype:

@@ -23,6 +23,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise InvalidRecipe(f"temperature is {self.temperature}, expected 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise InvalidRecipe(f"seed is {self.seed}, expected a whole number from 0 to 2^63 - 1")
 
     def generator(self) -> torch.Generator:
         """A source of random numbers for one request."""
@@ -33,5 +35,7 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     """The next token id; of equally likely ones the smallest when greedy."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    probabilities = torch.softmax(logits_V.float().cpu() / sampling.temperature, dim=-1)
+    # Relative to the largest, and in double precision, so that no temperature is too small.
+    relative_V = logits_V.double().cpu() - logits_V.max().double().cpu()
+    probabilities = torch.softmax(relative_V / sampling.temperature, dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
