@@ -10,6 +10,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 settings.register_profile("moemerge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moemerge")

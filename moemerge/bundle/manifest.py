@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -48,6 +48,7 @@ def _check_name(text: str) -> str:
 BundlePath = Annotated[str, AfterValidator(check_path)]
 FileName = Annotated[str, AfterValidator(_check_file_name)]
 VariantName = Annotated[str, AfterValidator(_check_name)]
+Kind = TypeVar("Kind", bound=BaseModel)
 RelativeError = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -61,6 +62,13 @@ class Features(_Entry):
 
     required: list[str] = []
     optional: list[str] = []
+
+
+class _Header(_Entry):
+    """What tells whether the rest can be read."""
+
+    schema_: str = Field(alias="schema")
+    features: Features
 
 
 class PoolLayer(RoutedLayer):
@@ -110,7 +118,7 @@ class Provenance(_Entry):
     moemerge: str
 
 
-class Manifest(_Entry):
+class Manifest(_Header):
     """A bundle's index.
 
     Attributes:
@@ -120,8 +128,6 @@ class Manifest(_Entry):
         pool_bytes: Bytes of all pool experts.
     """
 
-    schema_: str = Field(alias="schema")
-    features: Features
     family: str
     num_slots: int = Field(gt=0)
     parts: dict[str, list[int]]
@@ -175,25 +181,30 @@ def read_manifest(folder: Path) -> Manifest:
         raise UnsupportedCheckpoint(f"{folder}: not a bundle: it has no {MANIFEST}")
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise DamagedBundle(f"{path}: larger than any manifest ({MAX_MANIFEST_BYTES} bytes)")
+    raw = path.read_bytes()
+    # A later major version may look different in everything else, and should be told as that.
+    _check_version(_validate(_Header, raw, path), path)
+    return _validate(Manifest, raw, path)
+
+
+def _validate(kind: type[Kind], raw: bytes, path: Path) -> Kind:
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(raw)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
         raise DamagedBundle(f"{path}: {place + ': ' if place else ''}{problem['msg']}") from error
-    _check_version(manifest, path)
-    return manifest
 
 
-def _check_version(manifest: Manifest, path: Path) -> None:
-    match = re.fullmatch(r"moemerge/bundle@(\d+)(\.\d+)?", manifest.schema_)
+def _check_version(header: _Header, path: Path) -> None:
+    match = re.fullmatch(r"moemerge/bundle@(\d+)(\.\d+)?", header.schema_)
     if not match:
-        raise DamagedBundle(f"{path}: schema {manifest.schema_!r}, expected {SCHEMA}")
+        raise DamagedBundle(f"{path}: schema {header.schema_!r}, expected {SCHEMA}")
     if match[1] != "1":
         raise UnsupportedCheckpoint(
             f"{path}: bundle format {match[1]}, this moemerge reads format 1. Install a newer moemerge"
         )
-    unknown = sorted(set(manifest.features.required) - KNOWN_FEATURES)
+    unknown = sorted(set(header.features.required) - KNOWN_FEATURES)
     if unknown:
         raise UnsupportedCheckpoint(
             f"{path}: needs {', '.join(unknown)}, which this moemerge does not know. Install a newer moemerge"

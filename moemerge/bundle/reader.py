@@ -174,6 +174,7 @@ def _check_geometry(bundle: Bundle, variant: str) -> None:
     fits = (
         layers <= len(entry.tensors)
         and entry.settings["num_experts"] == manifest.num_slots
+        and int(entry.settings["num_experts_per_token"] or 0) <= manifest.num_slots
         and [(layer.index, layer.stack, layer.block) for layer in family.routed_layers(entry.settings)]
         == [(layer.index, layer.stack, layer.block) for layer in manifest.layers]
         and {part: list(family.part_shape(part, entry.settings)) for part in family.experts.parts}

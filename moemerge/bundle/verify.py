@@ -32,14 +32,15 @@ def verify_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
         bundle = open_bundle(folder)
         findings += check_ledger(bundle)
     except DamagedInput as error:
-        findings.append(_damaged("UNREADABLE", str(folder), str(error)))
+        findings.append(_damaged("UNREADABLE", str(folder), str(error).removeprefix(f"{folder}: ")))
     except MoemergeError:
         # Not a bundle, or of another format: its own error says more, unless bytes are damaged.
         if not findings:
             raise
     if findings:
         lines = "\n".join(f"  - {finding}" for finding in findings)
-        raise DamagedBundle(f"{folder}: {len(findings)} problems\n{lines}", findings)
+        count = "1 problem" if len(findings) == 1 else f"{len(findings)} problems"
+        raise DamagedBundle(f"{folder}: {count}\n{lines}", findings)
     return bundle
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 from moemerge.checkpoint.sizes import format_size, parse_size
@@ -72,9 +73,9 @@ def refuse_budget(
         variant_bytes: Expert bytes of one variant.
         can_share_more: Whether `--within` would make smaller pools possible.
     """
-    ratio = -(-100 * least // variant_bytes) / 100
+    ratio = Decimal(-(-100 * least // variant_bytes)) / 100
     within = ", or --within to let experts of one variant share" if can_share_more else ""
     return InvalidRecipe(
         f"budget {budget.text} is {format_size(allowed)}, the least possible here is {format_size(least)} "
-        f"({least / variant_bytes:.4g}x of one variant's experts). Use --budget {ratio:.12g}x or more{within}"
+        f"({least / variant_bytes:.4g}x of one variant's experts). Use --budget {ratio:f}x or more{within}"
     )

@@ -35,10 +35,15 @@ _SHARES = 4
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Columns of every expert, read at once."""
+    """Columns of every expert."""
 
     first: int
     columns: int
+
+    def cut(self, columns: int) -> list["_Chunk"]:
+        """The same in pieces of so many columns."""
+        end = self.first + self.columns
+        return [_Chunk(first, min(columns, end - first)) for first in range(self.first, end, columns)]
 
 
 class Measurer(AbstractContextManager["Measurer"]):
@@ -94,11 +99,18 @@ class Measurer(AbstractContextManager["Measurer"]):
 
     def _accumulate(self, tensors: list[StoredTensor]) -> NDArray[np.float64]:
         length = tensors[0].num_elements
-        # Small tensors are cut finer, so that every share has something to do.
-        columns = min(self._columns, max(_MIN_COLUMNS, -(-length // (2 * _SHARES))))
-        chunks = [_Chunk(first, min(columns, length - first)) for first in range(0, length, columns)]
+        # Small tensors are cut finer, so that every share has something to do. A memory limit only cuts
+        # chunks into whole blocks, so that it does not change the order of sums, nor the result.
+        columns = min(_MAX_COLUMNS, max(_MIN_COLUMNS, -(-length // (2 * _SHARES))))
+        chunks = _Chunk(0, length).cut(columns)
         work = [
-            self._pool.submit(share.accumulate, tensors, chunks[number::_SHARES], self._reader, self._report)
+            self._pool.submit(
+                share.accumulate,
+                tensors,
+                [piece for chunk in chunks[number::_SHARES] for piece in chunk.cut(self._columns)],
+                self._reader,
+                self._report,
+            )
             for number, share in enumerate(self._shares)
         ]
         total: NDArray[np.float64] = np.sum([future.result() for future in work], axis=0)
@@ -159,7 +171,7 @@ def limit_memory(variants: VariantSet, max_ram: int | None) -> int:
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     limit = min(max_ram or available, available)
     columns = _MAX_COLUMNS
-    while columns > _MIN_COLUMNS and needed(columns) > limit:
+    while columns > BLOCK_COLUMNS and needed(columns) > limit:
         columns //= 2
     if needed(columns) > limit:
         limited_by = "--max-ram allows" if max_ram and max_ram <= available else "available are"

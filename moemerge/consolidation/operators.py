@@ -10,6 +10,7 @@ import torch
 from moemerge.checkpoint.headers import DTYPE_BYTES, StoredTensor
 from moemerge.checkpoint.tensors import COPY_BYTES, TensorReader, bytes_of, torch_dtype
 from moemerge.checkpoint.writer import TensorToWrite, stored_tensor
+from moemerge.errors import DamagedInput
 
 
 def copy(part: str, sources: Sequence[StoredTensor], reader: TensorReader) -> TensorToWrite:
@@ -46,5 +47,13 @@ def _mean_chunks(
         for source in sources:
             part = torch.empty(count, dtype=torch_dtype(source))
             reader.read_into(source, bytes_of(part), first * part.dtype.itemsize)
+            _require_finite(part, source, "contains NaN or infinity")
             total += part
-        yield bytes_of((total / len(sources)).to(dtype))
+        mean_values = (total / len(sources)).to(dtype)
+        _require_finite(mean_values, sources[0], f"has values that overflow {dtype} when they are averaged")
+        yield bytes_of(mean_values)
+
+
+def _require_finite(values: torch.Tensor, source: StoredTensor, complaint: str) -> None:
+    if not values.isfinite().all():
+        raise DamagedInput(f"{source.path}: tensor {source.name} {complaint}")

@@ -122,7 +122,15 @@ def _task_of(variants: VariantSet, decide: PlanOptions | ConsolidationPlan, read
     prints = [fingerprint(checkpoint, reader) for checkpoint in checkpoints]
     decision = dump_plan(decide) if isinstance(decide, ConsolidationPlan) else repr(decide)
     origins = [checkpoint.repository.origin for checkpoint in checkpoints]
-    return json.dumps([__version__, SCHEMA, origins, list(variants.variants), prints, decision])
+    stamps = [_file_stamps(checkpoint) for checkpoint in checkpoints]
+    return json.dumps([__version__, SCHEMA, origins, list(variants.variants), prints, stamps, decision])
+
+
+def _file_stamps(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of its files: fingerprints are samples and may miss a change."""
+    experts = [part for parts in checkpoint.experts.values() for part in parts.values()]
+    paths = {tensor.path for tensor in [*checkpoint.tensors.values(), *experts]}
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
 
 
 def _measure(

@@ -49,9 +49,9 @@ class Staging:
             files: SHA-256 by path relative to the staging folder.
             result: Whatever a continued run needs.
         """
-        record = {"step": step, "files": files, "result": result or {}}
-        self._append(record)
-        self._steps[step] = record
+        outcome = {"files": files, "result": result or {}}
+        self._append({"step": step, **outcome})
+        self._steps[step] = outcome
 
     def finished_bytes(self) -> int:
         """Bytes of the files of finished steps."""
@@ -77,7 +77,7 @@ class Staging:
         try:
             records = [json.loads(line) for line in lines]
             if records and records[0] == {"task": task}:
-                return {record["step"]: record for record in records[1:]}
+                return {r["step"]: {"files": r["files"], "result": r["result"]} for r in records[1:]}
         except (ValueError, KeyError, TypeError):
             pass
         # Another task, or a journal that was cut within its first line: nothing to continue.

@@ -73,7 +73,9 @@ class ExpertGram:
     def inner_products(self) -> Matrix:
         """`<W_i, W_j>` of the experts themselves, [N, N]."""
         spread = self._to_weights()
-        return self._variants_only(spread @ self.centred @ spread.T)
+        products = self._variants_only(spread @ self.centred @ spread.T)
+        # The product of three matrices is symmetric up to rounding only.
+        return (products + products.T) / 2
 
     def squared_distances(self) -> Matrix:
         """`|W_i - W_j|^2`, [N, N], accurate for experts of one slot however close they are."""

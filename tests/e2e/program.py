@@ -17,7 +17,7 @@ from moemerge.consolidation.staging import Staging
 finish = Staging.finish
 def finish_and_wait(*args, **kwargs):
     finish(*args, **kwargs)
-    time.sleep(0.3)
+    time.sleep(0.2)
 Staging.finish = finish_and_wait
 from moemerge.cli import main
 main()
