@@ -92,7 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for budget, policy in [("exact", "cluster"), *((b, p) for b in BUDGETS for p in POLICIES)]:
             target = Path(temporary) / "bundle.moe"
-            merged = merge(variants, target, options_of(budget, policy, within=False))
+            merged = merge(variants, target, options_of(budget, policy))
             verify_bundle(target)
             engine = Engine(open_bundle(target), dtype="float32")
             scores = []

@@ -18,7 +18,7 @@ def main(out: Path) -> None:
         base=moemerge.parse_source(str(FAMILY / "base")),
     )
 
-    options = moemerge.options_of("2x", "mean", within=False)
+    options = moemerge.options_of("2x", "mean")
     plan = moemerge.plan_variants(variants, options)
     experts = sum(len(layer.pool) for layer in plan.layers)
     print(f"plan: {experts} pool experts, {plan.bytes_ratio:.2f} x one variant")

@@ -138,6 +138,10 @@ def raise_findings(findings: Sequence[Finding], subject: str) -> None:
     errors = [finding for finding in findings if finding.level == "error"]
     if not errors:
         return
-    lines = "\n".join(f"  - {finding}" for finding in errors)
-    count = "1 problem" if len(errors) == 1 else f"{len(errors)} problems"
-    raise IncompatibleInputs(f"{subject}: {count}\n{lines}", findings)
+    raise IncompatibleInputs(list_findings(errors, subject), findings)
+
+
+def list_findings(findings: Sequence[Finding], subject: str) -> str:
+    """A message that counts the findings and gives each a line."""
+    count = "1 problem" if len(findings) == 1 else f"{len(findings)} problems"
+    return "\n".join([f"{subject}: {count}", *(f"  - {finding}" for finding in findings)])

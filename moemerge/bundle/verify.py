@@ -7,7 +7,7 @@ from moemerge.bundle.manifest import CHECKSUMS, MANIFEST, read_manifest
 from moemerge.bundle.reader import Bundle, open_bundle
 from moemerge.bundle.writer import format_checksums
 from moemerge.checkpoint.digest import hash_file
-from moemerge.errors import DamagedBundle, DamagedInput, Finding, MoemergeError
+from moemerge.errors import DamagedBundle, DamagedInput, Finding, MoemergeError, list_findings
 from moemerge.progress import Progress, Silent
 
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
@@ -38,9 +38,7 @@ def verify_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
         if not findings:
             raise
     if findings:
-        lines = "\n".join(f"  - {finding}" for finding in findings)
-        count = "1 problem" if len(findings) == 1 else f"{len(findings)} problems"
-        raise DamagedBundle(f"{folder}: {count}\n{lines}", findings)
+        raise DamagedBundle(list_findings(findings, str(folder)), findings)
     return bundle
 
 

@@ -106,6 +106,7 @@ def open_checkpoint(repository: Repository) -> Checkpoint:
     findings += matched.findings
     findings += _check_dtypes(matched, repository.label)
     findings += _check_sparse_steps(family, settings, config, where)
+    findings += _check_choice(settings, where)
     raise_findings(findings, f"{repository.label} does not match family {family.model_type}")
     return Checkpoint(
         label=repository.label,
@@ -168,6 +169,19 @@ def _check_dtypes(matched: MatchedTensors, where: str) -> list[Finding]:
             where=where,
             found=f"{len(wrong)} tensors are not floating point; first {wrong[0].name} ({wrong[0].dtype})",
             expected=", ".join(FLOAT_DTYPES),
+        )
+    ]
+
+
+def _check_choice(settings: Settings, where: str) -> list[Finding]:
+    """A router cannot choose more experts than there are, nor none."""
+    chosen, available = int(settings["num_experts_per_token"] or 0), int(settings["num_experts"] or 0)
+    if 1 <= chosen <= available:
+        return []
+    found = f"{chosen} experts per token of {available}"
+    return [
+        Finding(
+            level="error", code="CONFIG_IMPLAUSIBLE", where=where, found=found, expected=f"1 to {available}"
         )
     ]
 

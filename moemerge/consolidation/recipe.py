@@ -17,7 +17,7 @@ from moemerge.consolidation.budget import parse_budget
 from moemerge.consolidation.plan import ConsolidationPlan, read_plan
 from moemerge.consolidation.planning import PlanOptions
 from moemerge.consolidation.policies import DEFAULT_POLICY
-from moemerge.errors import Finding, InvalidRecipe, MoemergeError, NotFound
+from moemerge.errors import Finding, InvalidRecipe, MoemergeError, NotFound, list_findings
 from moemerge.refs import check_variant_name, parse_repository, parse_source
 
 SCHEMA = "moemerge/recipe@1"
@@ -51,7 +51,7 @@ class MergeTask:
     max_ram: str | None = None
 
 
-def options_of(budget: str, policy: str | None, *, within: bool) -> PlanOptions:
+def options_of(budget: str, policy: str | None = None, *, within: bool = False) -> PlanOptions:
     """Plan options from what a user wrote.
 
     Raises:
@@ -107,9 +107,7 @@ def read_recipe(path: Path) -> MergeTask:
     raw = _load(path)
     findings = [*_check_keys(raw, path), *_check_variants(raw, path), *_check_values(raw, path)]
     if findings:
-        lines = "\n".join(f"  - {finding}" for finding in findings)
-        count = "1 problem" if len(findings) == 1 else f"{len(findings)} problems"
-        raise InvalidRecipe(f"{path}: {count}\n{lines}", findings)
+        raise InvalidRecipe(list_findings(findings, str(path)), findings)
     return MergeTask(
         sources=[f"{name}={_from_folder(ref, path)}" for name, ref in raw["variants"].items()],
         base=_from_folder(raw["base"], path) if raw.get("base") else None,

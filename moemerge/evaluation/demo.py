@@ -103,7 +103,7 @@ def run_demo(family: Path, out: Path, say: Callable[[str], None]) -> DemoReport:
         say(f"merging at {label}")
         target = out / f"{label.split(' (')[0].replace(' ', '-')}.moe"
         shutil.rmtree(target, ignore_errors=True)
-        merged = merge(variants, target, options_of(budget, policy, within=False))
+        merged = merge(variants, target, options_of(budget, policy))
         nll = _measure_bundle(target, windows)
         systems.append(_system(label, merged.manifest.pool_bytes, merged.plan.variant_bytes, nll, base, own))
     shown = out / f"{SHOWN}.moe"

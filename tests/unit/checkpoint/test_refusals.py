@@ -177,3 +177,13 @@ def test_lfs_pointer(folder):
     message = refusal(folder, DamagedInput)
     assert "model.safetensors: a Git LFS pointer" in message
     assert "git lfs pull" in message
+
+
+@pytest.mark.parametrize("chosen", [0, 5])
+def test_router_cannot_choose_more_experts_than_there_are_nor_none(tmp_path, chosen):
+    folder = write_checkpoint(tmp_path / "a")
+    edit_json(folder / "config.json", num_experts_per_tok=chosen)
+    with pytest.raises(
+        IncompatibleInputs, match=rf"config\.json: {chosen} experts per token of 4, expected 1 to 4"
+    ):
+        open_checkpoint(LocalFolder(folder))
