@@ -18,10 +18,9 @@ def print_report(report: DemoReport) -> None:
     columns = ["layer", "same slot, median", "same slot, worst", "other slots, median"]
     print_table("How far apart the fine-tunes' experts are (relative L2)", columns, rows)
     typer.echo()
-    shown = [f"{name} ppl" for name in report.variants]
     print_table(
-        "Held-out perplexity of every variant on its own text, and the share of the fine-tuning gain kept",
-        ["system", "expert bytes", "ratio", *shown, "gain kept, mean", "worst"],
+        "Perplexity of every variant on held-out text of its own; share of the fine-tuning gain kept",
+        ["system", "experts", "ratio", *report.variants, "kept", "worst"],
         [_system_row(system, report.variants) for system in report.systems],
     )
     typer.echo()

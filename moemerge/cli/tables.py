@@ -28,7 +28,7 @@ def _print_rich(title: str, columns: Sequence[str], cells: list[list[str]]) -> N
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         numbers = all(_is_number(row[index]) for row in cells)
         table.add_column(column, justify="right" if numbers else "left")

@@ -31,7 +31,7 @@ MERGES = (
     ("1.5x", "1.5x", None),
     ("1x", "1x", None),
     ("1x mean", "1x", "mean"),
-    ("1x pick (the paper)", "1x", "pick"),
+    ("1x pick (paper)", "1x", "pick"),
 )
 SHOWN = "1x"
 
@@ -143,7 +143,7 @@ def _baselines(variants: VariantSet, windows: Windows) -> list[System]:
         nll=own_nll,
         gain=dict.fromkeys(windows, 1.0),
     )
-    return [base, own, _system("whole models averaged", one, one, average_nll, base, own)]
+    return [base, own, _system("models averaged", one, one, average_nll, base, own)]
 
 
 def _system(
