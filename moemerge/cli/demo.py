@@ -23,9 +23,13 @@ def demo(
 
     Example: moemerge demo examples/families/mini
     """
+    import torch
+
     from moemerge.cli.demo_report import print_report
     from moemerge.evaluation.demo import run_demo
 
+    # The family is so small that threads only wait for each other, on a busy machine ten times longer.
+    torch.set_num_threads(1)
     report = run_demo(family, out, say=(lambda text: None) if quiet or as_json else hint)
     if as_json:
         print_json("demo", report.as_dict())
