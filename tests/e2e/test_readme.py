@@ -67,7 +67,8 @@ def test_commands_in_readme_run_as_written(workplace):
 
 def test_demo_in_readme_is_what_the_demo_prints(workplace):
     shown = re.search(r"<!-- demo -->\n```\n(.*?)```", README, re.DOTALL)[1]
-    printed = re.search(r"Perplexity of every.*?(?=\n\n)", run_bash("moemerge demo --quiet", workplace), re.DOTALL)[0]
+    output = run_bash("moemerge demo --quiet", workplace)
+    printed = re.search(r"Perplexity of every.*?(?=\n\n)", output, re.DOTALL)[0]
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
     for found, expected in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
         # Another processor rounds float32 sums otherwise.
