@@ -76,6 +76,8 @@ def parse_source(text: str) -> SourceRef:
         return FolderRef(Path(text).expanduser())
     repository = text.partition("@")[0]
     if _REPOSITORY.fullmatch(repository):
+        if Path(text).is_file():
+            raise InvalidRecipe(f"{text} is a file; give the folder that holds it")
         if Path(text).is_dir():
             raise InvalidRecipe(
                 f"{text!r} is both a folder here and a valid repository name; "

@@ -5,20 +5,28 @@ import statistics
 from moemerge.bundle.manifest import Manifest
 from moemerge.checkpoint.sizes import format_size
 
+_USE = """## Use
 
-def write_card(manifest: Manifest, name: str) -> str:
+```
+moemerge run BUNDLE -v VARIANT "a prompt"
+moemerge export BUNDLE -v VARIANT -o FOLDER    # an ordinary checkpoint again
+moemerge verify BUNDLE
+```
+"""
+
+
+def write_card(manifest: Manifest) -> str:
     """Markdown with the metadata block that the hub reads.
 
     Args:
         manifest: What the bundle holds.
-        name: Title, usually the folder's name.
     """
     sections = [
         _metadata(manifest),
-        _summary(manifest, name),
+        _summary(manifest),
         _variants(manifest),
         _measured(manifest),
-        _use(name),
+        _USE,
     ]
     return "\n".join(sections)
 
@@ -42,13 +50,13 @@ def _licence(manifest: Manifest) -> str:
     return str(licences.pop()) if len(licences) == 1 else "other"
 
 
-def _summary(manifest: Manifest, name: str) -> str:
+def _summary(manifest: Manifest) -> str:
     separate = len(manifest.variants) * manifest.variant_bytes
     experts = sum(layer.num_experts for layer in manifest.layers)
     slots = len(manifest.layers) * manifest.num_slots * len(manifest.variants)
     made = manifest.provenance
     pool = f"{format_size(manifest.pool_bytes)} ({experts} experts, {manifest.bytes_ratio:.3f} x one model)"
-    return f"""# {name}
+    return f"""# {" + ".join(manifest.variants)}
 
 {len(manifest.variants)} fine-tuned `{manifest.family}` models in one moemerge
 bundle: one expert pool, one expert map and one set of non-expert tensors per variant.
@@ -92,14 +100,3 @@ def _measured(manifest: Manifest) -> str:
             "",
         ]
     )
-
-
-def _use(name: str) -> str:
-    return f"""## Use
-
-```
-moemerge run {name} -v VARIANT "a prompt"
-moemerge export {name} -v VARIANT -o FOLDER    # an ordinary checkpoint again
-moemerge verify {name}
-```
-"""

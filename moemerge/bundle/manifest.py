@@ -7,6 +7,7 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moemerge.checkpoint.family import RoutedLayer, Setting
+from moemerge.checkpoint.side_files import is_side_file
 from moemerge.errors import DamagedBundle, NotFound, UnsupportedCheckpoint
 from moemerge.refs import VARIANT_NAME
 
@@ -36,6 +37,8 @@ def check_path(text: str) -> str:
 def _check_file_name(text: str) -> str:
     if "/" in check_path(text):
         raise ValueError(f"{text!r} is not the name of a file")
+    if not is_side_file(text):
+        raise ValueError(f"{text!r} is no configuration, tokenizer, template or licence file")
     return text
 
 

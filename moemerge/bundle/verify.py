@@ -10,6 +10,8 @@ from moemerge.checkpoint.digest import hash_file
 from moemerge.errors import DamagedBundle, DamagedInput, Finding, MoemergeError, list_findings
 from moemerge.progress import Progress, Silent
 
+# What hubs and git keep beside a repository's own files.
+_NOT_OURS = {".cache", ".git", ".gitattributes", ".gitignore"}
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
@@ -59,6 +61,7 @@ def check_hashes(folder: Path, progress: Progress) -> list[Finding]:
         return [_damaged("CHECKSUMS", str(path), "is not in the form that was written")]
     present = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if not p.is_dir()}
     present.pop(CHECKSUMS)
+    present = {name: path for name, path in present.items() if name.split("/")[0] not in _NOT_OURS}
     findings = [
         _damaged("FILE_MISSING", name, "is missing") for name in sorted(listed.keys() - present.keys())
     ]
@@ -67,6 +70,11 @@ def check_hashes(folder: Path, progress: Progress) -> list[Finding]:
             level="error", code="FILE_UNKNOWN", where=name, found="is not part of the bundle", fix="Remove it"
         )
         for name in sorted(present.keys() - listed.keys())
+    ]
+    findings += [
+        _damaged("LINK", name, "is a symbolic link", "an ordinary file")
+        for name, path in present.items()
+        if name in listed and path.is_symlink()
     ]
     common = sorted(listed.keys() & present.keys())
     progress.start("verify", sum(present[name].stat().st_size for name in common))

@@ -107,9 +107,10 @@ def _equal_groups(tensors: dict[str, StoredTensor], reader: TensorReader) -> Seq
     by_sample: dict[str, list[str]] = {}
     for variant, tensor in tensors.items():
         by_sample.setdefault(reader.sample_digest(tensor), []).append(variant)
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for sample, variants in by_sample.items():
         for variant in variants:
-            key = reader.digest(tensors[variant]) if len(variants) > 1 else sample
+            # The sample stands for dtype and shape, which the digest of the bytes does not tell.
+            key = (sample, reader.digest(tensors[variant]) if len(variants) > 1 else "")
             groups.setdefault(key, []).append(variant)
     return list(groups.values())

@@ -29,6 +29,7 @@ class SettingRule(_Described):
         default: Value of the reference implementation's class when no key is present.
         default_from: Setting to copy, or numerator and denominator settings.
         allowed: Values moemerge computes; a mapping also renames them.
+        may_be_zero: Whether a number 0 means something.
         variants: `equal` must agree between variants, `warn` and `free` may differ.
     """
 
@@ -38,6 +39,7 @@ class SettingRule(_Described):
     default: Setting = None
     default_from: list[str] | None = None
     optional: bool = False
+    may_be_zero: bool = False
     allowed: list[Setting] | dict[str, str] | None = None
     variants: Literal["equal", "warn", "free"] = "equal"
 

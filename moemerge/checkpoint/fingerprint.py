@@ -1,4 +1,4 @@
-"""A short proof that a checkpoint is the one a plan was made for."""
+"""Tells whether a checkpoint is, as far as samples show, the one a plan was made for."""
 
 from blake3 import blake3
 
@@ -9,8 +9,8 @@ from moemerge.checkpoint.tensors import TensorReader
 def fingerprint(checkpoint: Checkpoint, reader: TensorReader) -> str:
     """BLAKE3 over dtype, shape and three stretches of 4 KiB of every tensor, by role.
 
-    Any training step changes it; a change of a few bytes elsewhere in a large tensor may not, and is
-    found by the hashes of the bundle instead. Independent of sharding and layout.
+    Training that touches all of a tensor changes it. A change of some rows elsewhere in a large tensor
+    is not seen: it guards against a mix-up, not against an intention. Independent of sharding and layout.
     """
     hasher = blake3()
     for role, tensor in sorted(checkpoint.tensors.items()):

@@ -91,6 +91,8 @@ def _read_setting(
     if not _is_kind(value, rule.kind):
         found = f"{key} = {value!r}"
         return None, [_error("CONFIG_TYPE", where, found, _expected_kind(rule.kind))]
+    if value == 0 and not isinstance(value, bool) and not rule.may_be_zero:
+        return None, [_error("CONFIG_TYPE", where, f"{key} = {value!r}", "more than 0")]
     return _allowed(key, value, rule, where)
 
 

@@ -18,13 +18,19 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_LICENCE_FILE = re.compile(r"(licen[cs]e|copying|notice|use_policy)([._-].*)?", re.IGNORECASE)
+_TEMPLATE = re.compile(r"[\w][\w.-]*\.jinja")
+_LICENCE_FILE = re.compile(r"(licen[cs]e|copying|notice|use_policy)([._-][\w.-]*)?", re.IGNORECASE)
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a name is one that a variant may bring along."""
+    return any((name in SIDE_FILES, _TEMPLATE.fullmatch(name), _LICENCE_FILE.fullmatch(name)))
 
 
 def side_files(repository: Repository) -> list[str]:
     """Names of the files that a variant needs to be used, as far as it has them."""
     present = repository.files()
-    templates = [name for name in present if name.endswith(".jinja") and name not in SIDE_FILES]
+    templates = [name for name in present if _TEMPLATE.fullmatch(name) and name not in SIDE_FILES]
     return [name for name in SIDE_FILES if name in present] + templates
 
 

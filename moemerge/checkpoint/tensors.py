@@ -94,7 +94,7 @@ class TensorReader(AbstractContextManager["TensorReader"]):
         return hasher.hexdigest()
 
     def sample_digest(self, tensor: StoredTensor) -> str:
-        """BLAKE3 of dtype, shape and three short stretches: differs if the tensor surely differs."""
+        """BLAKE3 of dtype, shape and three short stretches: if it differs, the tensor differs."""
         hasher = blake3(f"{tensor.dtype} {list(tensor.shape)}".encode())
         length = min(_SAMPLE_BYTES, tensor.nbytes)
         buffer = memoryview(bytearray(length))

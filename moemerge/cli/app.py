@@ -3,7 +3,7 @@
 import typer
 
 from moemerge.cli import demo, export, merge, plan, pull, run, show, similarity, verify
-from moemerge.cli.command import command, install_signal_handlers
+from moemerge.cli.command import command, run_program
 
 app = typer.Typer(
     name="moemerge",
@@ -42,5 +42,4 @@ for module in (pull, show, similarity, plan, merge, verify, export, run, demo):
 
 def main() -> None:
     """Run the program."""
-    install_signal_handlers()
-    app()
+    run_program(app)

@@ -14,6 +14,8 @@ import typer
 
 from moemerge.errors import Finding, MoemergeError
 
+_RESUMABLE = "What was finished is kept; run the same command again to continue."
+_STOPPED = "Nothing half-written is left; run the same command again."
 Parameters = ParamSpec("Parameters")
 SCHEMA = "moemerge/cli@1"
 
@@ -51,8 +53,9 @@ def command(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
             _report(error, function.__name__, as_json=as_json)
             raise typer.Exit(error.exit_code) from error
         except (KeyboardInterrupt, _Terminated) as stop:
-            hint("Stopped. What was finished is kept; run the same command again to continue.")
-            raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from stop
+            resumable = function.__name__ in ("merge", "pull")
+            hint(f"Stopped. {_RESUMABLE if resumable else _STOPPED}")
+            raise typer.Exit(_stop_code(stop)) from stop
         except BrokenPipeError:
             # The reader of our output has gone; nobody is left to tell.
             sys.stderr.close()
@@ -77,9 +80,17 @@ def hint(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def install_signal_handlers() -> None:
-    """Let SIGTERM unwind like Ctrl-C, so that files are closed and a hint is given."""
-    signal.signal(signal.SIGTERM, _raise_terminated)
+def run_program(program: Callable[[], None]) -> None:
+    """Run it so that SIGTERM unwinds like Ctrl-C, also before a command has begun."""
+    try:
+        signal.signal(signal.SIGTERM, _raise_terminated)
+        program()
+    except (KeyboardInterrupt, _Terminated) as stop:
+        raise SystemExit(_stop_code(stop)) from None
+
+
+def _stop_code(stop: BaseException) -> int:
+    return 143 if isinstance(stop, _Terminated) else 130
 
 
 class _Terminated(BaseException):

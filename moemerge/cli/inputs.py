@@ -56,5 +56,14 @@ def parse_max_ram(text: str | None) -> int | None:
 
 
 def read_prompt(text: str) -> str:
-    """The prompt, from standard input when it is `-`."""
-    return sys.stdin.read() if text == "-" else text
+    """The prompt, from standard input when it is `-`.
+
+    Raises:
+        InvalidRecipe: Not UTF-8.
+    """
+    try:
+        prompt = sys.stdin.buffer.read().decode("utf-8") if text == "-" else text
+        prompt.encode("utf-8")
+    except UnicodeError as error:
+        raise InvalidRecipe(f"the prompt is not valid UTF-8 ({error})") from error
+    return prompt

@@ -56,9 +56,8 @@ def plan(
 
     Example: moemerge plan code=examples/families/mini/code sums=examples/families/mini/sums --budget 1x
     """
-    from moemerge.bundle.target import check_writable
     from moemerge.cli.inputs import open_sources, parse_max_ram
-    from moemerge.consolidation.plan import write_plan
+    from moemerge.consolidation.plan import check_plan_target, write_plan
     from moemerge.consolidation.planning import plan_variants
     from moemerge.consolidation.recipe import options_of
 
@@ -66,7 +65,7 @@ def plan(
         raise InvalidRecipe("--out, --policy and --within need a --budget to plan for")
     options = options_of(budget, policy, within=within) if budget is not None else None
     if out:
-        check_writable(out)
+        check_plan_target(out)
     memory = parse_max_ram(max_ram)
     with show_progress(quiet=quiet) as progress:
         variants = open_sources(

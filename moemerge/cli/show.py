@@ -1,5 +1,6 @@
 """`moemerge show`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -74,10 +75,8 @@ def _show_bundle(bundle: "Bundle", *, as_json: bool) -> None:
     variants = {
         name: {
             "source": entry.source,
-            "own_bytes": sum(t.nbytes for t in bundle.tensors(name).values() if t.path.parent.name == name),
-            "shared_bytes": sum(
-                t.nbytes for t in bundle.tensors(name).values() if t.path.parent.name != name
-            ),
+            "own_bytes": sum(t.nbytes for t in bundle.tensors(name).values() if _is_own(t.path, name)),
+            "shared_bytes": sum(t.nbytes for t in bundle.tensors(name).values() if not _is_own(t.path, name)),
             "exact_slots": sum(error == 0 for errors in entry.errors.values() for error in errors),
             "worst_error": max(error for errors in entry.errors.values() for error in errors),
         }
@@ -118,3 +117,7 @@ def _show_bundle(bundle: "Bundle", *, as_json: bool) -> None:
     ]
     columns = ["variant", "source", "own non-experts", "shared non-experts", "exact slots", "worst error"]
     print_table("Variants", columns, rows)
+
+
+def _is_own(path: Path, variant: str) -> bool:
+    return path.parts[-3:-1] == ("variants", variant)

@@ -38,6 +38,8 @@ def _print_rich(title: str, columns: Sequence[str], cells: list[list[str]]) -> N
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

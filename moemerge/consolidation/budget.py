@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-from moemerge.checkpoint.sizes import format_size, parse_size
+from moemerge.checkpoint.sizes import parse_size
 from moemerge.errors import InvalidRecipe
 
 
@@ -76,6 +76,6 @@ def refuse_budget(
     ratio = Decimal(-(-100 * least // variant_bytes)) / 100
     within = ", or --within to let experts of one variant share" if can_share_more else ""
     return InvalidRecipe(
-        f"budget {budget.text} is {format_size(allowed)}, the least possible here is {format_size(least)} "
+        f"budget {budget.text} is {allowed:,} bytes, the least possible here is {least:,} bytes "
         f"({least / variant_bytes:.4g}x of one variant's experts). Use --budget {ratio:f}x or more{within}"
     )

@@ -210,4 +210,9 @@ def _require_finite(centred: NDArray[np.float64], tensors: list[StoredTensor], r
 
 
 def _num_threads() -> int:
-    return max(1, min(len(os.sched_getaffinity(0)), _SHARES))
+    return max(1, min(_available_cores(), _SHARES))
+
+
+def _available_cores() -> int:
+    # Only Linux tells which cores this process may use.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

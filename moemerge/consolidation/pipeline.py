@@ -24,7 +24,7 @@ from moemerge.bundle.manifest import (
     VariantEntry,
     dump_manifest,
 )
-from moemerge.bundle.target import check_target
+from moemerge.bundle.target import check_target, staging_folder
 from moemerge.bundle.writer import copy_tensors, group_equal, write_bytes, write_checksums, write_pool
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.disk import check_disk
@@ -35,7 +35,7 @@ from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.measure import limit_memory
 from moemerge.consolidation.operators import OPERATORS
-from moemerge.consolidation.plan import ConsolidationPlan, dump_plan
+from moemerge.consolidation.plan import ConsolidationPlan, dump_plan, read_plan
 from moemerge.consolidation.planning import PlanOptions, build_plan, check_plan, measure_layers
 from moemerge.consolidation.similarity_files import (
     INDEX,
@@ -94,7 +94,13 @@ def merge(
     """
     report = progress or Silent()
     check_target(target)
-    limit_memory(variants, max_ram)
+    if isinstance(decide, PlanOptions):
+        limit_memory(variants, max_ram)
+    if not (isinstance(decide, PlanOptions) and decide.within) and not any(staging_folder(target).glob("*")):
+        # What every such plan needs at least; the plan's own figure is checked when it is known.
+        check_disk(
+            target.parent, min(v.expert_bytes for v in variants.variants.values()), f"writing {target}"
+        )
     with TensorReader() as reader:
         if isinstance(decide, ConsolidationPlan):
             check_plan(decide, variants, reader)
@@ -105,6 +111,9 @@ def merge(
             else:
                 layers, reports = _measure(variants, staging, report, max_ram)
                 plan = build_plan(variants, layers, decide, reader)
+            if staging.finished("plan") is not None:
+                # What is already written follows this plan, whatever another library version would decide.
+                plan = read_plan(staging.folder / "plan.json")
             missing = _bytes_to_write(variants, plan) - staging.finished_bytes()
             check_disk(target.parent, missing, f"writing {target}")
             _step(
@@ -237,7 +246,7 @@ def _finish(
         entries[name] = _variant_entry(name, checkpoint, plan, tensors[name], files)
     manifest = _manifest(variants, plan, entries)
     digests |= write_bytes(staging.folder, MANIFEST, dump_manifest(manifest).encode())
-    digests |= write_bytes(staging.folder, CARD, write_card(manifest, target.name).encode())
+    digests |= write_bytes(staging.folder, CARD, write_card(manifest).encode())
     write_checksums(staging.folder, digests)
     staging.publish(target, {*digests, CHECKSUMS})
     return manifest
@@ -264,7 +273,8 @@ def _write_side_files(
         files[original] = place
     for original in licence_files(checkpoint.repository):
         content = checkpoint.repository.read_bytes(original)
-        written |= write_bytes(folder, licence_file(name, original), content)
+        files[original] = licence_file(name, original)
+        written |= write_bytes(folder, files[original], content)
     return files, written
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moemerge.bundle.manifest import RelativeError, VariantName
-from moemerge.bundle.target import writing
+from moemerge.bundle.target import check_writable, writing
 from moemerge.checkpoint.writer import write_text
 from moemerge.errors import InvalidRecipe, NotFound
 
@@ -107,9 +107,14 @@ class ConsolidationPlan(_Plan):
 
     @model_validator(mode="after")
     def _every_slot_once(self) -> "ConsolidationPlan":
-        wanted = sorted((name, slot) for name in self.variants for slot in range(self.num_slots))
+        if self.allowed_bytes is not None and self.pool_bytes > self.allowed_bytes:
+            raise ValueError(f"pool_bytes {self.pool_bytes} exceed allowed_bytes {self.allowed_bytes}")
         for layer in self.layers:
-            if sorted(member for expert in layer.pool for member in expert.members) != wanted:
+            members = sorted(member for expert in layer.pool for member in expert.members)
+            # Lengths first: a hostile number of slots is not counted through.
+            if len(members) != len(self.variants) * self.num_slots or members != sorted(
+                (name, slot) for name in self.variants for slot in range(self.num_slots)
+            ):
                 raise ValueError(f"layer {layer.index}: each slot of each variant must have one pool expert")
             if layer.errors.keys() != self.variants.keys() or any(
                 len(errors) != self.num_slots for errors in layer.errors.values()
@@ -121,6 +126,23 @@ class ConsolidationPlan(_Plan):
 def dump_plan(plan: ConsolidationPlan) -> str:
     """The plan as JSON, the same text for the same plan."""
     return plan.model_dump_json(indent=1, by_alias=True) + "\n"
+
+
+def check_plan_target(path: Path) -> None:
+    """Make sure that a plan can be written, and that it would replace nothing but a plan.
+
+    Raises:
+        InvalidRecipe: There is a file that is no plan.
+        NotEnoughRoom: It cannot be written.
+    """
+    check_writable(path)
+    if path.is_file() and path.stat().st_size:
+        try:
+            read_plan(path)
+        except InvalidRecipe as error:
+            raise InvalidRecipe(
+                f"{path} exists and is no plan; remove it or choose another output"
+            ) from error
 
 
 def write_plan(plan: ConsolidationPlan, path: Path) -> None:

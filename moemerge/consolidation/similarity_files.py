@@ -101,7 +101,10 @@ def similarity_index(layers: list[LayerSimilarity], variants: VariantSet) -> dic
             {
                 "index": layer.layer,
                 "file": layer_file(layer.layer),
-                **{key: float(f"{value:.6g}") for key, value in layer.summary().items()},
+                **{
+                    key: None if value is None else float(f"{value:.6g}")
+                    for key, value in layer.summary().items()
+                },
             }
             for layer in layers
         ],

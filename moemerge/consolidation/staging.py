@@ -5,6 +5,7 @@ whole line whose files are as it says. The target appears by one rename.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,12 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from moemerge.bundle.target import check_target, writing
+from moemerge.bundle.target import check_target, locked, make_work_folder, staging_folder, writing
 from moemerge.checkpoint.digest import hash_file
-from moemerge.errors import Busy, DamagedInput, IncompatibleInputs, InvalidRecipe
+from moemerge.errors import DamagedInput, IncompatibleInputs, InvalidRecipe
 
+logger = logging.getLogger(__name__)
 _JOURNAL = "journal.jsonl"
 
 
@@ -81,9 +81,9 @@ class Staging:
         except (ValueError, KeyError, TypeError):
             pass
         # Another task, or a journal that was cut within its first line: nothing to continue.
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
+        if lines:
+            logger.warning("%s: unfinished work of another command is discarded", self.folder)
+        make_work_folder(self.folder)
         self._append({"task": task})
         return {}
 
@@ -120,36 +120,13 @@ def open_staging(target: Path, task: str, *, restart: bool = False) -> Iterator[
         NotEnoughRoom: The disk cannot be written.
     """
     folder = staging_folder(target)
-    with writing(target), _locked(target):
+    with writing(target), locked(target):
         check_target(target)
-        if restart and folder.exists():
-            shutil.rmtree(folder)
+        if restart:
+            make_work_folder(folder)
         try:
             yield Staging(folder, task)
         except (InvalidRecipe, IncompatibleInputs, DamagedInput):
             # The same command would fail again, and another one starts anew.
             shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise Busy(
-            f"{target}: another moemerge is writing it; wait for it or choose another output"
-        ) from error
-    try:
-        yield
-    finally:
-        # While it is held: a file that another process has locked meanwhile must not disappear.
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
-def staging_folder(target: Path) -> Path:
-    """Where the work for a target is kept until it is complete."""
-    return target.with_name(f".{target.name}.staging")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge.bundle.reader import open_bundle
+from moemerge.bundle.reader import is_bundle, open_bundle
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.tokenizer import VariantTokenizer, load_tokenizer
 from moemerge.checkpoint.variants import VariantSet, open_variants
@@ -102,7 +102,8 @@ def run_demo(family: Path, out: Path, say: Callable[[str], None]) -> DemoReport:
     for label, budget, policy in MERGES:
         say(f"merging at {label}")
         target = out / f"{label.split(' (')[0].replace(' ', '-')}.moe"
-        shutil.rmtree(target, ignore_errors=True)
+        if is_bundle(target):
+            shutil.rmtree(target)
         merged = merge(variants, target, options_of(budget, policy))
         nll = _measure_bundle(target, windows)
         systems.append(_system(label, merged.manifest.pool_bytes, merged.plan.variant_bytes, nll, base, own))

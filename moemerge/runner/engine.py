@@ -71,8 +71,8 @@ class Engine:
             NotFound: The bundle has no such variant.
             DamagedBundle: A tensor is not where the manifest says.
         """
-        wanted = self.bundle.tensors(variant)
         begin = time.perf_counter()
+        wanted = self.bundle.tensors(variant)
         moved = {role: tensor for role, tensor in wanted.items() if self._held.get(role) != tensor}
         if variant != self.active:
             # Half-exchanged weights belong to no variant.
@@ -149,7 +149,8 @@ class Engine:
 
     def _exchange(self, wanted: dict[str, StoredTensor], moved: dict[str, StoredTensor]) -> None:
         for role in self._weights.keys() - wanted.keys():
-            del self._weights[role], self._held[role]
+            del self._weights[role]
+            self._held.pop(role, None)
         with TensorReader() as reader:
             for role, tensor in moved.items():
                 self._held.pop(role, None)

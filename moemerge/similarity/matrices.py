@@ -58,15 +58,18 @@ class LayerSimilarity:
         result: NDArray[np.bool_] = variant[:, None] == variant[None, :]
         return result
 
-    def summary(self) -> dict[str, float]:
-        """Median and largest relative L2 within slots across variants, median across slots."""
+    def summary(self) -> dict[str, float | None]:
+        """Median and largest relative L2 within slots across variants, median across slots.
+
+        None where there are no such pairs.
+        """
         relative = self.distances["relative_l2"]
         same = relative[self.same_slot_pairs()]
         other = relative[~self.same_slot_pairs() & ~self.same_variant_pairs()]
         return {
-            "same_slot_median": float(np.median(same)) if same.size else 0.0,
-            "same_slot_max": float(same.max()) if same.size else 0.0,
-            "other_slot_median": float(np.median(other)) if other.size else 0.0,
+            "same_slot_median": float(np.median(same)) if same.size else None,
+            "same_slot_max": float(same.max()) if same.size else None,
+            "other_slot_median": float(np.median(other)) if other.size else None,
             "distinct": float(len(np.unique(self.identity))),
         }
 

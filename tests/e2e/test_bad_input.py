@@ -189,7 +189,11 @@ def test_merge_of_bad_input_says_what_and_leaves_nothing(damage, code, told, pla
         (("merge", "a=./code", "-o", "x.moe", "--budget", "1x", "--max-ram", "0GB"), 3, ["--max-ram"]),
         (("merge", "a=./code", "-o", "x.moe", "--budget", "1x", "--max-ram", "many"), 3, ["'many'"]),
         (("merge", "a=./code", "b=./law", "-o", "x.moe", "--budget", "0.9x"), 3, ["Use --budget 1x"]),
-        (("merge", "a=./code", "b=./law", "-o", "x.moe", "--budget", "1KiB"), 3, ["1.02 kB", "--budget 1x"]),
+        (
+            ("merge", "a=./code", "b=./law", "-o", "x.moe", "--budget", "1KiB"),
+            3,
+            ["1,024 bytes", "--budget 1x"],
+        ),
         (("merge", "a=./code", "-o", "code/config.json/x.moe", "--budget", "1x"), 7, ["is not a folder"]),
         (("merge", "a=./code", "-o", "x" * 300, "--budget", "1x"), 7, ["name too long"]),
         (("plan", "a=./code", "--budget", "1x", "-o", "code/config.json/p.json"), 7, ["is not a folder"]),

@@ -235,3 +235,16 @@ def test_opening_reads_nothing_but_the_manifest(bundle):
         if path.name != MANIFEST:
             path.unlink()
     assert open_bundle(bundle).manifest.num_slots == 4
+
+
+@pytest.mark.parametrize("name", [".gitattributes", ".cache/huggingface/x.lock", ".git/HEAD"])
+def test_files_that_hubs_and_git_add_are_passed_over(name, bundle):
+    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    (bundle / name).write_bytes(b"x")
+    assert verify_bundle(bundle).folder == bundle
+
+
+def test_symbolic_link_is_named(bundle, tmp_path):
+    (bundle / "README.md").rename(tmp_path / "elsewhere.md")
+    (bundle / "README.md").symlink_to(tmp_path / "elsewhere.md")
+    assert findings_of(bundle) == {("LINK", "README.md")}

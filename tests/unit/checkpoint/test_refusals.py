@@ -179,11 +179,8 @@ def test_lfs_pointer(folder):
     assert "git lfs pull" in message
 
 
-@pytest.mark.parametrize("chosen", [0, 5])
-def test_router_cannot_choose_more_experts_than_there_are_nor_none(tmp_path, chosen):
+def test_router_cannot_choose_more_experts_than_there_are(tmp_path):
     folder = write_checkpoint(tmp_path / "a")
-    edit_json(folder / "config.json", num_experts_per_tok=chosen)
-    with pytest.raises(
-        IncompatibleInputs, match=rf"config\.json: {chosen} experts per token of 4, expected 1 to 4"
-    ):
+    edit_json(folder / "config.json", num_experts_per_tok=5)
+    with pytest.raises(IncompatibleInputs, match=r"config\.json: 5 experts per token of 4, expected 1 to 4"):
         open_checkpoint(LocalFolder(folder))
