@@ -157,7 +157,7 @@ def _is_kind(value: Any, kind: str) -> bool:
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    # Sizes beyond a million, and infinities, come from damaged or hostile files only.
+    # Larger numbers, and infinities, come from damaged or hostile files only.
     return 0 <= value <= 10**9 and (kind == "number" or isinstance(value, int))
 
 

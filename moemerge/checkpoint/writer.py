@@ -66,11 +66,6 @@ def memory_tensor(name: str, tensor: Tensor) -> TensorToWrite:
     )
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """The safetensors name of a tensor's dtype."""
-    return _DTYPE_NAMES[tensor.dtype]
-
-
 def ignore(num_bytes: int) -> None:
     """Tell nobody of the bytes written."""
 

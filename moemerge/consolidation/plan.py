@@ -10,7 +10,6 @@ from moemerge.bundle.target import check_writable, writing
 from moemerge.checkpoint.writer import write_text
 from moemerge.errors import InvalidRecipe, NotFound
 
-SCHEMA = "moemerge/plan@1"
 Member = tuple[str, int]
 
 
