@@ -1,0 +1,97 @@
+"""Keys and values of all running sequences, in blocks.
+
+One tensor for keys and one for values serve all layers and variants; a sequence's blocks are scattered
+over them as its `BlockTable` says. Knows nothing of requests and models.
+
+Shapes: L layers, N blocks, P tokens per block, G key/value heads, h head width; B sequences, S keys.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moemerge.models.attention import Group
+from moemerge.runner.blocks import BlockTable
+
+
+class CacheGeometry(NamedTuple):
+    """What one block holds."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    block_tokens: int
+
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a block, keys and values of all layers."""
+        return 2 * self.num_layers * self.block_tokens * self.num_kv_heads * self.head_size * dtype.itemsize
+
+
+class BlockCache:
+    """The memory of the key/value cache."""
+
+    def __init__(
+        self, geometry: CacheGeometry, num_blocks: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        layers, heads, head_size, tokens = geometry
+        shape = (layers, num_blocks, tokens, heads, head_size)
+        # Zeros, because hidden positions still meet a weight of zero, and zero times NaN is NaN. On a CPU
+        # the pages are only taken when they are written.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.block_tokens = tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+class BlockKeys:
+    """`KeyValues` of one forward pass: where the new tokens go and what each sequence has."""
+
+    def __init__(
+        self, cache: BlockCache, tables: Sequence[BlockTable], starts: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        self.granularity = cache.block_tokens
+        self._cache = cache
+        self._tables = tables
+        device = cache.keys.device
+        places = [
+            table.blocks[token // cache.block_tokens] * cache.block_tokens + token % cache.block_tokens
+            for table, start, length in zip(tables, starts, lengths, strict=True)
+            for token in range(start, start + length)
+        ]
+        self._places_T = torch.tensor(places, device=device)
+        self._group_blocks: dict[tuple[int, ...], Tensor] = {}
+
+    def write(self, layer_index: int, key_TGh: Tensor, value_TGh: Tensor) -> None:
+        """Store the keys and values of the batch's new tokens."""
+        self._cache.keys[layer_index].flatten(0, 1).index_copy_(0, self._places_T, key_TGh)
+        self._cache.values[layer_index].flatten(0, 1).index_copy_(0, self._places_T, value_TGh)
+
+    def read(self, layer_index: int, group: Group) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, S, h] of the group's sequences, in whole blocks."""
+        blocks = self._blocks_of(group)
+        return (
+            self._gather(self._cache.keys[layer_index], blocks, len(group.sequences)),
+            self._gather(self._cache.values[layer_index], blocks, len(group.sequences)),
+        )
+
+    def _gather(self, stored_NPGh: Tensor, blocks: Tensor, num_sequences: int) -> Tensor:
+        chosen = stored_NPGh.index_select(0, blocks)
+        return chosen.view(num_sequences, -1, *chosen.shape[2:]).transpose(1, 2)
+
+    def _blocks_of(self, group: Group) -> Tensor:
+        known = self._group_blocks.get(group.sequences)
+        if known is None:
+            count = group.num_keys // self.granularity
+            # Behind a shorter sequence's blocks stands block 0, which the mask hides.
+            padded = [
+                (self._tables[number].blocks + [0] * count)[:count] for number in group.sequences
+            ]
+            known = torch.tensor(padded, device=self._cache.keys.device).flatten()
+            self._group_blocks[group.sequences] = known
+        return known
