@@ -13,7 +13,10 @@
     │   ├── MissingTensors                 8
     │   └── DamagedBundle                  8
     ├── QualityGateFailed                  9
-    └── Busy                              10   another process holds the output
+    ├── Busy                              10   another process holds the output
+    └── ServingError                      10   a running engine cannot take a request
+        ├── Overloaded                    10   queues are full; says when to come again
+        └── Stopping                      10   shutting down
 
 A bug is not a `MoemergeError`: it keeps its traceback. Knows nothing of the rest of the package.
 """
@@ -131,6 +134,32 @@ class Busy(MoemergeError):
     """Another process is writing the same output."""
 
     exit_code = 10
+
+
+class ServingError(MoemergeError):
+    """A running engine cannot take a request, through no fault of the request."""
+
+    exit_code = 10
+
+
+class Overloaded(ServingError):
+    """A queue is full.
+
+    Attributes:
+        retry_after_s: When another attempt is worth it.
+        scope: Whose queue it is: that of the request's variant, or the server's.
+    """
+
+    def __init__(
+        self, message: str, *, retry_after_s: float, scope: Literal["variant", "server"] = "server"
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.scope = scope
+
+
+class Stopping(ServingError):
+    """The engine finishes what it has and takes nothing new."""
 
 
 def raise_findings(findings: Sequence[Finding], subject: str) -> None:
