@@ -21,7 +21,6 @@ from torch import Tensor
 from moemerge.errors import InvalidRecipe
 
 _LARGEST_NUMBER = sys.float_info.max
-_NUCLEUS_GUESS = 256
 
 
 class TokenLogprob(NamedTuple):
@@ -190,9 +189,10 @@ class Sampler:
             answered = _indices(self._answer, scores_V)
             counts = torch.tensor([self._answer[i] for i in answered.tolist()], dtype=scores_V.dtype)
             scores_V[answered] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-        biased = _indices(sampling.logit_bias, scores_V)
-        biases = [sampling.logit_bias[token_id] for token_id in biased.tolist()]
-        scores_V[biased] += torch.tensor(biases, dtype=scores_V.dtype)
+        if sampling.logit_bias:
+            biased = _indices(sampling.logit_bias, scores_V)
+            biases = [sampling.logit_bias[token_id] for token_id in biased.tolist()]
+            scores_V[biased] += torch.tensor(biases, dtype=scores_V.dtype)
         if self._forbids_stop:
             scores_V[_indices(self._stop_ids, scores_V)] = -math.inf
         return scores_V
@@ -279,17 +279,13 @@ def _truncate(weights_V: Tensor, sampling: Sampling) -> Tensor | None:
 
 def _nucleus(weights_C: Tensor, top_p: float) -> Tensor:
     """Places of the largest weights that together reach `top_p` of the total, the last one included."""
-    wanted = top_p * weights_C.sum()
-    num = _NUCLEUS_GUESS
-    while True:
-        # Sorting a whole vocabulary costs more than the rest of the choice; few tokens mostly suffice.
-        places = _largest(weights_C, num)
-        cumulative = weights_C[places].cumsum(dim=0)
-        if num >= len(weights_C) or cumulative[-1] >= wanted:
-            break
-        num *= 16
-    before = cumulative - weights_C[places]
-    return places[: max(1, int((before < wanted).sum()))]
+    total = weights_C.sum()
+    # All that weigh less than this together miss from the total no more than `top_p` leaves out, and
+    # sorting a whole vocabulary would cost more than the rest of the choice.
+    places = (weights_C >= (1 - top_p) * total / len(weights_C)).nonzero().squeeze(-1)
+    places = places[_largest(weights_C[places], len(places))]
+    before = weights_C[places].cumsum(dim=0) - weights_C[places]
+    return places[: max(1, int((before < top_p * total).sum()))]
 
 
 def _largest(values: Tensor, num: int) -> Tensor:
