@@ -9,17 +9,15 @@ from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.errors import IncompatibleInputs
-from moemerge.models import Decoder, EncoderDecoder, build_model, own_experts
-
-Model = Decoder | EncoderDecoder
+from moemerge.models import OneVariant, StandAlone, build_model, own_experts
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Model:
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> StandAlone:
     """A checkpoint's model in memory."""
     return average_models([checkpoint], dtype)
 
 
-def average_models(checkpoints: Sequence[Checkpoint], dtype: torch.dtype = torch.float32) -> Model:
+def average_models(checkpoints: Sequence[Checkpoint], dtype: torch.dtype = torch.float32) -> StandAlone:
     """The model whose every tensor is the mean of the checkpoints' tensors; the naive baseline.
 
     Raises:
@@ -49,4 +47,5 @@ def average_models(checkpoints: Sequence[Checkpoint], dtype: torch.dtype = torch
             }
             for layer in first.routed_layers
         }
-    return build_model(first.family.arithmetic, first.settings, weights, own_experts(experts))
+    model = build_model(first.family.arithmetic, first.settings)
+    return StandAlone(model, OneVariant(weights), own_experts(experts, model.config.activation))

@@ -1,13 +1,16 @@
-"""Perplexity of a decoder on text, in windows of tokens."""
+"""Perplexity of a decoder-only model on text, in windows of tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from moemerge.errors import InvalidRecipe
-from moemerge.models import Decoder
+
+TextLogits = Callable[[Tensor], Tensor]
+"""From token ids [B, T] to the logits [B, T, Vo] of what follows each, as `StandAlone.forward`."""
 
 _BATCH = 8
 
@@ -25,12 +28,12 @@ def cut_windows(token_ids: Sequence[int], length: int, count: int) -> list[list[
     return whole
 
 
-def mean_nll(model: Decoder, windows: Sequence[Sequence[int]]) -> float:
+def mean_nll(logits_of: TextLogits, windows: Sequence[Sequence[int]]) -> float:
     """Mean negative log-likelihood in nats of every token but each window's first."""
     total, count = 0.0, 0
     for start in range(0, len(windows), _BATCH):
         token_ids_BT = torch.tensor([list(window) for window in windows[start : start + _BATCH]])
-        logits_BTV = model.forward(token_ids_BT)[:, :-1].float()
+        logits_BTV = logits_of(token_ids_BT)[:, :-1].float()
         targets_BT = token_ids_BT[:, 1:]
         total += float(
             functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")

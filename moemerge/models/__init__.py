@@ -1,69 +1,79 @@
-"""Forward passes in plain torch, inference only, over weights given by role and experts given by map.
+"""Forward passes in plain torch, inference only, over flat batches of several variants' sequences.
 
 Two kinds of arithmetic cover the families: a decoder and an encoder-decoder, described by settings.
-Others may use `build_model` and what it takes and returns, listed in `__all__`.
+Weights, experts and caches are given with every batch, through the protocols listed in `__all__`.
 """
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from moemerge.errors import UnsupportedCheckpoint
-from moemerge.models.cache import DecodingCache, KeyValueCache
+from moemerge.models.alone import StandAlone
+from moemerge.models.attention import Group, KeyValues
+from moemerge.models.batch import Batch, Span, build_batch
+from moemerge.models.cache import GrowingCache
 from moemerge.models.config import DecoderConfig, EncoderDecoderConfig
 from moemerge.models.decoder import Decoder
 from moemerge.models.encoder_decoder import EncoderDecoder
 from moemerge.models.experts import (
     Activation,
-    ExpertLayer,
-    ExpertSource,
-    PlainExpertLayer,
-    PlainExperts,
+    Experts,
+    MappedExperts,
+    PlainPoolLayer,
+    PoolLayer,
+    expert_product,
     own_experts,
 )
+from moemerge.models.products import can_pack, multiply, pack
 from moemerge.models.routing import Route, RouteObserver, Routing
+from moemerge.models.weights import MixedVariants, OneVariant, Weights
 
 __all__ = [
     "Activation",
+    "Batch",
     "Decoder",
     "DecoderConfig",
-    "DecodingCache",
     "EncoderDecoder",
     "EncoderDecoderConfig",
-    "ExpertLayer",
-    "ExpertSource",
-    "KeyValueCache",
-    "PlainExpertLayer",
-    "PlainExperts",
+    "Experts",
+    "Group",
+    "GrowingCache",
+    "KeyValues",
+    "MappedExperts",
+    "MixedVariants",
+    "OneVariant",
+    "PlainPoolLayer",
+    "PoolLayer",
     "Route",
     "RouteObserver",
     "Routing",
+    "Span",
+    "StandAlone",
+    "Weights",
+    "build_batch",
     "build_model",
+    "can_pack",
+    "expert_product",
+    "multiply",
     "own_experts",
+    "pack",
 ]
 
 
 def build_model(
-    arithmetic: str,
-    settings: Mapping[str, object],
-    weights: Mapping[str, Tensor],
-    experts: ExpertSource,
-    on_route: RouteObserver | None = None,
+    arithmetic: str, settings: Mapping[str, object], on_route: RouteObserver | None = None
 ) -> Decoder | EncoderDecoder:
     """A model of the given arithmetic, `decoder` or `encoder_decoder`.
 
     Args:
         arithmetic: Which of the two.
         settings: At least the fields of `DecoderConfig` or `EncoderDecoderConfig`.
-        weights: Non-expert tensors by role, read at each forward pass.
-        experts: The routed experts, asked for at each forward pass.
         on_route: Told every routing decision; see `RouteObserver`.
 
     Raises:
         UnsupportedCheckpoint: Unknown arithmetic, or settings that no model here implements.
     """
     if arithmetic == "decoder":
-        return Decoder(DecoderConfig.from_settings(settings), weights, experts, on_route)
+        return Decoder(DecoderConfig.from_settings(settings), on_route)
     if arithmetic == "encoder_decoder":
-        return EncoderDecoder(EncoderDecoderConfig.from_settings(settings), weights, experts, on_route)
+        return EncoderDecoder(EncoderDecoderConfig.from_settings(settings), on_route)
     raise UnsupportedCheckpoint(f"arithmetic is {arithmetic!r}, expected decoder or encoder_decoder")

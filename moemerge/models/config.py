@@ -75,8 +75,8 @@ class DecoderConfig:
 class EncoderDecoderConfig:
     """An encoder-decoder with Switch routing.
 
-    `expert_capacity` is in tokens per slot, row and layer. `start_token_id` and `pad_token_id` are for
-    callers; the forward passes take masks, not pad tokens.
+    `expert_capacity` is in tokens per slot, sequence and layer. `start_token_id` and `pad_token_id` are
+    for callers; the forward passes know no padding.
     """
 
     hidden_size: int

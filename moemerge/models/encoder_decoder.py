@@ -1,25 +1,33 @@
 """Encoder-decoder mixture-of-experts model after Switch Transformers.
 
-Weights are looked up by role at every pass, so exchanging entries of the mapping between passes
-exchanges the variant. Layers are counted through both stacks, encoder first, wherever an expert source
-or an observer is told a layer index. Knows nothing of files, requests and sampling.
+Weights, experts and caches are given with every batch, so one model serves all variants of a geometry.
+Layers are counted through both stacks, encoder first, wherever experts or an observer are told a layer
+index; caches count the decoder's layers. Knows nothing of files, requests and sampling.
 
-Shapes: B rows, T new tokens, S encoder tokens, D model width, Vo vocabulary.
+Shapes: T tokens, B sequences, N new tokens of each, S keys, H heads, h head width, D model width, W tokens
+whose successor is wanted, Vo vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from moemerge.models.attention import Visibility, attend, project_heads
-from moemerge.models.cache import DecodingCache, KeysAndValues, KeyValueCache
+from moemerge.models.attention import (
+    Bias,
+    Group,
+    KeyValues,
+    attend,
+    plan_cross_groups,
+    plan_groups,
+    plan_two_way_groups,
+)
+from moemerge.models.batch import Batch, Span
 from moemerge.models.config import EncoderDecoderConfig
-from moemerge.models.experts import ACTIVATIONS, ExpertSource, expert_product
-from moemerge.models.norm import rms_norm
-from moemerge.models.positions import position_bias
-from moemerge.models.routing import RouteObserver, switch_top1
+from moemerge.models.experts import ACTIVATIONS, Experts
+from moemerge.models.positions import relative_buckets
+from moemerge.models.routing import RouteObserver, drop_over_capacity, switch_top1
+from moemerge.models.weights import Weights
 
 NO_SCALE = 1.0
 
@@ -27,165 +35,148 @@ NO_SCALE = 1.0
 class EncoderDecoder:
     """Switch Transformers, inference only.
 
-    All weights and experts have one dtype, which is the compute dtype; norms, router and softmax are
-    computed in float32. A layer is sparse if and only if `weights` holds a router for it.
+    All weights and experts of a batch have one dtype, which is the compute dtype; norms, router and
+    softmax are computed in float32. A layer is sparse if and only if the weights hold a router for it.
 
-    A slot serves `expert_capacity` tokens per row and pass. A decoder that is fed token by token
+    A slot serves `expert_capacity` tokens per sequence and pass. A decoder that is fed token by token
     therefore never drops one, while a pass over a long given target can.
     """
 
-    def __init__(
-        self,
-        config: EncoderDecoderConfig,
-        weights: Mapping[str, Tensor],
-        experts: ExpertSource,
-        on_route: RouteObserver | None = None,
-    ) -> None:
+    def __init__(self, config: EncoderDecoderConfig, on_route: RouteObserver | None = None) -> None:
         self.config = config
-        self.weights = weights
-        self.experts = experts
         self.on_route = on_route
 
-    def new_cache(self, batch_size: int = 1) -> DecodingCache:
-        """An empty cache for `batch_size` rows."""
-        return DecodingCache(KeyValueCache(self.config.num_decoder_layers, batch_size))
+    @torch.no_grad()
+    def encode(self, batch: Batch, weights: Weights, experts: Experts) -> Tensor:
+        """Hidden states [T, D] of whole inputs, final norm applied."""
+        hidden_TD = weights.embed("embedding", batch.token_ids_T)
+        bias = self._bias("encoder", hidden_TD, weights)
+        groups = plan_two_way_groups(batch.spans, hidden_TD.device, bias)
+        for layer in range(self.config.num_encoder_layers):
+            hidden_TD = self._self_attention("encoder", layer, hidden_TD, weights, groups, None)
+            hidden_TD = self._feed_forward("encoder", layer, hidden_TD, weights, experts, batch.spans)
+        return weights.norm("encoder.final_norm", hidden_TD, self.config.norm_eps)
 
     @torch.no_grad()
-    def encode(self, token_ids_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-        """Hidden states of an input.
-
-        Args:
-            token_ids_BS: Input tokens. Padding counts towards the experts' capacity, so only padding on
-                the right leaves the real tokens as they would be alone.
-            mask_BS: True where a token is real, at least once per row; None when all are.
-
-        Returns:
-            [B, S, D] in the compute dtype; what stands at padding means nothing.
-        """
-        num_tokens = token_ids_BS.shape[1]
-        bias = self._position_bias("encoder", num_tokens, num_tokens)
-        if mask_BS is not None:
-            bias = bias.masked_fill(~mask_BS[:, None, None, :].bool(), -torch.inf)
-        hidden_BSD = functional.embedding(token_ids_BS, self.weights["embedding"])
-        for layer in range(self.config.num_encoder_layers):
-            hidden_BSD = self._self_attention("encoder", layer, hidden_BSD, Visibility(bias), None)
-            hidden_BSD = self._feed_forward("encoder", layer, hidden_BSD)
-        return self._norm(hidden_BSD, "encoder.final_norm")
+    def cross_keys_and_values(
+        self, layer: int, encoded_TD: Tensor, weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """What a decoder layer attends to of the encoder's output: keys and values, each [T, H, h]."""
+        return self._keys_and_values(f"decoder.{layer}.cross_attention", encoded_TD, weights)
 
     @torch.no_grad()
     def decode(
         self,
-        token_ids_BT: Tensor,
-        cache: DecodingCache | None,
-        encoder_hidden_BSD: Tensor,
-        encoder_mask_BS: Tensor | None = None,
-        last_only: bool = False,
+        batch: Batch,
+        weights: Weights,
+        experts: Experts,
+        keys: KeyValues | None,
+        cross: KeyValues,
+        cross_lengths: Sequence[int],
+        limit_capacity: bool = False,
     ) -> Tensor:
-        """Logits of the tokens that follow the given ones.
+        """Hidden states [T, D] of the new tokens after the last layer, before the final norm.
 
         Args:
-            token_ids_BT: New tokens, continuing what the cache holds; the first is the start token.
-            cache: Read, extended and advanced; belongs to one encoder output. None to start from
-                nothing and keep nothing.
-            encoder_hidden_BSD: What `encode` returned. Read at the first step of a cache only.
-            encoder_mask_BS: The mask given to `encode`.
-            last_only: Return the logits of the last token only.
-
-        Returns:
-            [B, T, Vo], or [B, 1, Vo] with `last_only`, in the compute dtype.
+            batch: New tokens; a sequence's first is the start token.
+            weights: Of their variants.
+            experts: Of their variants.
+            keys: Of the decoder's own tokens, written and read; None when no span has a past and nothing
+                is to be kept.
+            cross: `cross_keys_and_values` of every layer, only read.
+            cross_lengths: Encoded tokens of each span's sequence.
+            limit_capacity: Drop tokens over capacity, as one pass over a whole target does.
         """
-        num_new = token_ids_BT.shape[1]
-        own = Visibility(self._causal_bias(num_new, num_new + (0 if cache is None else cache.length)))
-        encoder = Visibility(None if encoder_mask_BS is None else encoder_mask_BS[:, None, None, :].bool())
-        past = None if cache is None else cache.past
-        hidden_BTD = functional.embedding(token_ids_BT, self.weights["embedding"])
+        hidden_TD = weights.embed("embedding", batch.token_ids_T)
+        device, dtype = hidden_TD.device, hidden_TD.dtype
+        granularity = 1 if keys is None else keys.granularity
+        bias = self._bias("decoder", hidden_TD, weights)
+        own_groups = plan_groups(batch.spans, None, granularity, device, dtype, bias)
+        cross_groups = plan_cross_groups(batch.spans, cross_lengths, cross.granularity, device, dtype)
+        limited_spans = batch.spans if limit_capacity else ()
         for layer in range(self.config.num_decoder_layers):
-            hidden_BTD = self._self_attention("decoder", layer, hidden_BTD, own, past)
-            hidden_BTD = self._cross_attention(layer, hidden_BTD, encoder_hidden_BSD, encoder, cache)
-            hidden_BTD = self._feed_forward("decoder", layer, hidden_BTD)
-        if past is not None:
-            past.advance(num_new)
-        return self._logits(hidden_BTD[:, -1:] if last_only else hidden_BTD)
+            hidden_TD = self._self_attention("decoder", layer, hidden_TD, weights, own_groups, keys)
+            hidden_TD = self._cross_attention(layer, hidden_TD, weights, cross_groups, cross)
+            hidden_TD = self._feed_forward("decoder", layer, hidden_TD, weights, experts, limited_spans)
+        return hidden_TD
+
+    @torch.no_grad()
+    def logits(self, hidden_WD: Tensor, weights: Weights) -> Tensor:
+        """Logits [W, Vo] of what follows tokens with these hidden states, all of one vocabulary.
+
+        A `head` among the weights is used even if it is tied to the embedding: it may be packed.
+        """
+        normed_WD = weights.norm("decoder.final_norm", hidden_WD, self.config.norm_eps)
+        if self.config.tied_head:
+            normed_WD = normed_WD * self.config.hidden_size**-0.5
+        return weights.linear("head" if "head" in weights else "embedding", normed_WD)
 
     def _self_attention(
-        self, stack: str, layer: int, hidden_BTD: Tensor, visibility: Visibility, past: KeyValueCache | None
+        self,
+        stack: str,
+        layer: int,
+        hidden_TD: Tensor,
+        weights: Weights,
+        groups: list[Group],
+        keys: KeyValues | None,
     ) -> Tensor:
         role = f"{stack}.{layer}.attention"
-        normed_BTD = self._norm(hidden_BTD, f"{role}_norm")
-        key, value = self._keys_and_values(role, normed_BTD)
-        if past is not None:
-            key, value = past.append(layer, key, value)
-        return hidden_BTD + self._attend(role, normed_BTD, (key, value), visibility)
+        normed_TD = weights.norm(f"{role}_norm", hidden_TD, self.config.norm_eps)
+        query = self._heads(f"{role}.query", normed_TD, weights)
+        key, value = self._keys_and_values(role, normed_TD, weights)
+        mixed_TD = attend(groups, layer, query, key, value, keys, NO_SCALE)
+        return hidden_TD + weights.linear(f"{role}.output", mixed_TD)
 
     def _cross_attention(
-        self,
-        layer: int,
-        hidden_BTD: Tensor,
-        encoder_hidden_BSD: Tensor,
-        visibility: Visibility,
-        cache: DecodingCache | None,
+        self, layer: int, hidden_TD: Tensor, weights: Weights, groups: list[Group], cross: KeyValues
     ) -> Tensor:
         role = f"decoder.{layer}.cross_attention"
-        normed_BTD = self._norm(hidden_BTD, f"{role}_norm")
-        if cache is None:
-            keys_and_values = self._keys_and_values(role, encoder_hidden_BSD)
-        else:
-            keys_and_values = cache.cross_or(layer, lambda: self._keys_and_values(role, encoder_hidden_BSD))
-        return hidden_BTD + self._attend(role, normed_BTD, keys_and_values, visibility)
+        normed_TD = weights.norm(f"{role}_norm", hidden_TD, self.config.norm_eps)
+        query = self._heads(f"{role}.query", normed_TD, weights)
+        mixed_TD = attend(groups, layer, query, None, None, cross, NO_SCALE)
+        return hidden_TD + weights.linear(f"{role}.output", mixed_TD)
 
-    def _keys_and_values(self, role: str, hidden: Tensor) -> KeysAndValues:
-        head_size = self.config.head_size
-        return (
-            project_heads(hidden, self.weights[f"{role}.key"], head_size),
-            project_heads(hidden, self.weights[f"{role}.value"], head_size),
+    def _keys_and_values(self, role: str, hidden_TD: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        return self._heads(f"{role}.key", hidden_TD, weights), self._heads(
+            f"{role}.value", hidden_TD, weights
         )
 
-    def _attend(
-        self, role: str, normed_BTD: Tensor, keys_and_values: KeysAndValues, visibility: Visibility
+    def _heads(self, role: str, hidden_TD: Tensor, weights: Weights) -> Tensor:
+        return weights.linear(role, hidden_TD).view(len(hidden_TD), -1, self.config.head_size)
+
+    def _feed_forward(
+        self,
+        stack: str,
+        layer: int,
+        hidden_TD: Tensor,
+        weights: Weights,
+        experts: Experts,
+        limited_spans: Sequence[Span],
     ) -> Tensor:
-        query = project_heads(normed_BTD, self.weights[f"{role}.query"], self.config.head_size)
-        mixed = attend(query, *keys_and_values, visibility, NO_SCALE)
-        return functional.linear(mixed, self.weights[f"{role}.output"])
-
-    def _feed_forward(self, stack: str, layer: int, hidden_BTD: Tensor) -> Tensor:
-        normed_BTD = self._norm(hidden_BTD, f"{stack}.{layer}.ffn_norm")
-        if f"{stack}.{layer}.router" in self.weights:
-            return hidden_BTD + self._experts(stack, layer, normed_BTD)
-        dense = ACTIVATIONS[self.config.activation]
-        return hidden_BTD + dense(normed_BTD, lambda part: self.weights[f"{stack}.{layer}.ffn.{part}"])
-
-    def _experts(self, stack: str, layer: int, normed_BTD: Tensor) -> Tensor:
-        router = self.weights[f"{stack}.{layer}.router"]
-        logits_BTE = functional.linear(normed_BTD.float(), router.float())
-        route = switch_top1(logits_BTE, self.config.expert_capacity, normed_BTD.dtype)
+        normed_TD = weights.norm(f"{stack}.{layer}.ffn_norm", hidden_TD, self.config.norm_eps)
+        router = f"{stack}.{layer}.router"
+        if router not in weights:
+            dense = ACTIVATIONS[self.config.activation]
+            return hidden_TD + dense(weights, f"{stack}.{layer}.ffn.", normed_TD)
+        logits_TE = weights.linear(router, normed_TD.float())
+        route = switch_top1(logits_TE, normed_TD.dtype)
+        if limited_spans:
+            route = drop_over_capacity(route, self.config.expert_capacity, logits_TE.shape[1], limited_spans)
         layer_index = layer + (self.config.num_encoder_layers if stack == "decoder" else 0)
-        normed_TD = normed_BTD.flatten(0, 1)
         if self.on_route is not None:
             self.on_route(layer_index, normed_TD, route)
-        output_TD = expert_product(normed_TD, route, self.experts.layer(layer_index), self.config.activation)
-        return output_TD.view_as(normed_BTD)
+        return hidden_TD + experts.product(layer_index, normed_TD, route)
 
-    def _causal_bias(self, num_new: int, num_keys: int) -> Tensor:
-        bias = self._position_bias("decoder", num_new, num_keys)
-        if num_new == 1:
-            return bias
-        visible_TS = torch.ones(num_new, num_keys, dtype=torch.bool, device=bias.device)
-        return bias.masked_fill(visible_TS.triu(num_keys - num_new + 1), -torch.inf)
+    def _bias(self, stack: str, hidden_TD: Tensor, weights: Weights) -> Bias:
+        """Relative position bias of a stack, from the table of each sequence's variant."""
+        buckets = self.config.position_buckets
+        every_bucket = torch.arange(buckets, device=hidden_TD.device).expand(len(hidden_TD), -1)
+        tables = weights.embed(f"{stack}.position_bias", every_bucket)
 
-    def _position_bias(self, stack: str, num_new: int, num_keys: int) -> Tensor:
-        return position_bias(
-            self.weights[f"{stack}.position_bias"],
-            num_new,
-            num_keys,
-            self.config.position_max_distance,
-            bidirectional=stack == "encoder",
-        )
+        def bias(first_B: Tensor, distance_BNS: Tensor) -> Tensor:
+            bucket_BNS = relative_buckets(
+                distance_BNS, buckets, self.config.position_max_distance, bidirectional=stack == "encoder"
+            )
+            return tables[first_B.view(-1, 1, 1), bucket_BNS].permute(0, 3, 1, 2)
 
-    def _norm(self, hidden_BTD: Tensor, role: str) -> Tensor:
-        return rms_norm(hidden_BTD, self.weights[role], self.config.norm_eps)
-
-    def _logits(self, hidden_BTD: Tensor) -> Tensor:
-        normed_BTD = self._norm(hidden_BTD, "decoder.final_norm")
-        if not self.config.tied_head:
-            return functional.linear(normed_BTD, self.weights["head"])
-        return functional.linear(normed_BTD * self.config.hidden_size**-0.5, self.weights["embedding"])
+        return bias

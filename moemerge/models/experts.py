@@ -1,10 +1,10 @@
 """The expert product: tokens through the pool experts that their slots map to.
 
-Holds the activations, the interface through which a model sees experts, and the product itself, once
+Holds the activations, the interfaces through which a model sees experts, and the product itself, once
 plain and once fast. Knows nothing of routers, attention and of how a pool is stored.
 
-Shapes: T tokens, D model width, F expert width, K slots per token, E slots; C chosen (token, pool
-expert) pairs that are computed.
+Shapes: T tokens, D model width, F expert width, K slots per token, E slots, M expert maps; C pairs of a
+token and a pool expert that are computed, P pool experts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moemerge.models.routing import Route
-
-PartLookup = Callable[[str], Tensor]
+from moemerge.models.weights import OneVariant, Weights
 
 
 class Activation(StrEnum):
@@ -28,149 +27,151 @@ class Activation(StrEnum):
     RELU = "relu"
 
 
-class ExpertLayer(Protocol):
-    """The experts of one layer as one variant sees them."""
+def silu_gated(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
+    """`down(silu(gate x) * (up x))`; `gate_up` [2F, D], gate above up, stands for both of them."""
+    if f"{prefix}gate_up" in weights:
+        gate_TF, up_TF = weights.linear(f"{prefix}gate_up", hidden_TD).chunk(2, dim=-1)
+    else:
+        gate_TF, up_TF = weights.linear(f"{prefix}gate", hidden_TD), weights.linear(f"{prefix}up", hidden_TD)
+    return weights.linear(f"{prefix}down", functional.silu(gate_TF) * up_TF)
 
-    @property
-    def slot_to_pool(self) -> Tensor:
-        """Expert map, int64 [E], on the device of the hidden states."""
+
+def relu(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
+    """`wo(relu(wi x))`."""
+    return weights.linear(f"{prefix}wo", functional.relu(weights.linear(f"{prefix}wi", hidden_TD)))
+
+
+ACTIVATIONS: Mapping[Activation, Callable[[Weights, str, Tensor], Tensor]] = {
+    Activation.SILU_GATED: silu_gated,
+    Activation.RELU: relu,
+}
+"""Feed-forward networks [T, D] to [T, D] over weights whose roles begin with a prefix."""
+
+
+class PoolLayer(Protocol):
+    """The pool experts of one layer."""
+
+    def output(self, pool_index: int, hidden_TD: Tensor) -> Tensor:
+        """Output [T, D] of one pool expert."""
         ...
 
-    def part(self, name: str, pool_index: int) -> Tensor:
-        """One matrix of a pool expert: `gate`, `up`, `wi` [F, D], `down`, `wo` [D, F]."""
-        ...
 
+class Experts(Protocol):
+    """The experts that a model is given for one batch."""
 
-class ExpertSource(Protocol):
-    """Where a model gets its experts from, asked anew at every forward pass."""
+    def product(self, layer_index: int, hidden_TD: Tensor, route: Route) -> Tensor:
+        """Sum over each token's slots of gate times expert output, [T, D].
 
-    def layer(self, layer_index: int) -> ExpertLayer:
-        """Experts of a layer, counted through all stacks, encoder first."""
+        Layers are counted through all stacks, encoder first; `route` holds slots among each token's
+        variant's own E.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class PlainExpertLayer:
-    """An `ExpertLayer` over tensors in memory; `parts` holds one tensor per pool expert."""
+class PlainPoolLayer:
+    """A `PoolLayer` over tensors in memory: for each pool expert its parts by name, which may be packed."""
 
-    slot_to_pool: Tensor
-    parts: Mapping[str, Sequence[Tensor]]
+    experts: Sequence[Mapping[str, Tensor]]
+    activation: Activation
 
-    def part(self, name: str, pool_index: int) -> Tensor:
-        """See `ExpertLayer.part`."""
-        return self.parts[name][pool_index]
+    def output(self, pool_index: int, hidden_TD: Tensor) -> Tensor:
+        """See `PoolLayer.output`."""
+        return ACTIVATIONS[self.activation](OneVariant(self.experts[pool_index]), "", hidden_TD)
 
 
 @dataclass(frozen=True, slots=True)
-class PlainExperts:
-    """An `ExpertSource` over layers in memory."""
+class MappedExperts:
+    """`Experts` over pools that all variants of a batch share.
 
-    layers: Mapping[int, ExpertLayer]
+    Attributes:
+        layers: Pool by layer index.
+        maps: Expert maps by layer index, int64 [M, E], one row per variant.
+        owner: Row of the maps of the whole batch, or of each token, int64 [T].
+    """
 
-    def layer(self, layer_index: int) -> ExpertLayer:
-        """See `ExpertSource.layer`."""
-        return self.layers[layer_index]
+    layers: Mapping[int, PoolLayer]
+    maps: Mapping[int, Tensor]
+    owner: Tensor | int = 0
+
+    def product(self, layer_index: int, hidden_TD: Tensor, route: Route) -> Tensor:
+        """See `Experts.product`."""
+        maps_ME, owner = self.maps[layer_index], self.owner
+        if isinstance(owner, int):
+            rows_TK = maps_ME[owner][route.slots_TK]
+        else:
+            rows_TK = maps_ME[owner.unsqueeze(1), route.slots_TK]
+        return expert_product(hidden_TD, rows_TK, route.gates_TK, self.layers[layer_index])
 
 
-def own_experts(parts_by_layer: Mapping[int, Mapping[str, Sequence[Tensor]]]) -> PlainExperts:
+def own_experts(
+    parts_by_layer: Mapping[int, Mapping[str, Sequence[Tensor]]], activation: Activation
+) -> MappedExperts:
     """Experts of a stand-alone checkpoint, each slot with its own.
 
     Args:
         parts_by_layer: Layer index to part name to one tensor per slot.
+        activation: Form of the experts.
     """
-    return PlainExperts({index: _own_layer(parts) for index, parts in parts_by_layer.items()})
+    layers: dict[int, PoolLayer] = {}
+    maps = {}
+    for layer_index, parts in parts_by_layer.items():
+        experts = [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
+        layers[layer_index] = PlainPoolLayer(experts, activation)
+        device = next(iter(experts[0].values())).device
+        maps[layer_index] = torch.arange(len(experts), device=device).unsqueeze(0)
+    return MappedExperts(layers, maps)
 
 
-def _own_layer(parts: Mapping[str, Sequence[Tensor]]) -> PlainExpertLayer:
-    tensors = next(iter(parts.values()))
-    return PlainExpertLayer(torch.arange(len(tensors), device=tensors[0].device), parts)
+def expert_product(hidden_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, layer: PoolLayer) -> Tensor:
+    """Sum over the choices of gate times expert output, each pool expert computed once per token.
 
-
-def silu_gated(hidden_TD: Tensor, part: PartLookup) -> Tensor:
-    """`down(silu(gate x) * (up x))`."""
-    inner_TF = functional.silu(functional.linear(hidden_TD, part("gate")))
-    return functional.linear(inner_TF * functional.linear(hidden_TD, part("up")), part("down"))
-
-
-def relu(hidden_TD: Tensor, part: PartLookup) -> Tensor:
-    """`wo(relu(wi x))`."""
-    return functional.linear(functional.relu(functional.linear(hidden_TD, part("wi"))), part("wo"))
-
-
-ACTIVATIONS: Mapping[Activation, Callable[[Tensor, PartLookup], Tensor]] = {
-    Activation.SILU_GATED: silu_gated,
-    Activation.RELU: relu,
-}
-
-
-def expert_product(hidden_TD: Tensor, route: Route, layer: ExpertLayer, activation: Activation) -> Tensor:
-    """Sum over the chosen slots of gate times expert output, each pool expert computed once per token.
-
-    Gates of slots that map to one pool expert add: `(p1 + p2) * P(x)`. Outputs are summed in float32 and
-    cast once.
+    Gates of choices that meet in one pool expert add: `(p1 + p2) * P(x)`. Outputs are summed in float32 in
+    the order of pool experts, for a token alone as in a batch, and cast once.
 
     Args:
         hidden_TD: Normed hidden states, in the dtype of the experts.
-        route: Slots among the variant's own E and their gates; gate zero is not computed.
-        layer: The variant's experts in this layer.
-        activation: Form of the experts.
+        rows_TK: Pool expert of each choice, int64.
+        gates_TK: Float32; a choice with gate zero is not computed.
+        layer: The pool experts.
 
     Returns:
         [T, D] in the dtype of `hidden_TD`; zero for a token whose gates are all zero.
     """
-    if len(hidden_TD) == 1:
-        return expert_product_plain(hidden_TD, route, layer, activation)  # sorting one token only costs
-    pool_TK = layer.slot_to_pool[route.slots_TK]
-    gates_TK = add_shared_gates(pool_TK, route.gates_TK)
-    token_C, choice_C = gates_TK.nonzero(as_tuple=True)
-    pool_C, order_C = pool_TK[token_C, choice_C].sort(stable=True)
-    token_C = token_C[order_C]
-    gate_C1 = gates_TK[token_C, choice_C[order_C]].unsqueeze(-1)
-    pool_indices, counts = torch.unique_consecutive(pool_C, return_counts=True)
-
+    if len(hidden_TD) == 1 and gates_TK.shape[1] == len(set(rows_TK[0].tolist())):
+        return _product_of_one(hidden_TD, rows_TK, gates_TK, layer)
+    num_rows = int(rows_TK.max()) + 1
+    gates_PT = gates_TK.new_zeros(num_rows, len(hidden_TD)).scatter_add_(0, rows_TK.T, gates_TK.T)
+    row_C, token_C = gates_PT.nonzero(as_tuple=True)
+    counts = row_C.bincount(minlength=num_rows).tolist()
+    gate_C1 = gates_PT[row_C, token_C].unsqueeze(1)
     output_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
-    start = 0
-    for pool_index, count in zip(pool_indices.tolist(), counts.tolist(), strict=True):
-        rows = slice(start, start + count)
-        one_output = expert_output(hidden_TD[token_C[rows]], layer, pool_index, activation)
-        output_TD.index_add_(0, token_C[rows], one_output * gate_C1[rows])
-        start += count
+    pieces = zip(torch.split(token_C, counts), torch.split(gate_C1, counts), strict=True)
+    for row, (tokens, gates) in enumerate(pieces):
+        if counts[row]:
+            one_output = layer.output(row, hidden_TD[tokens])
+            output_TD.index_add_(0, tokens, one_output * gates)
     return output_TD.to(hidden_TD.dtype)
 
 
-def add_shared_gates(pool_TK: Tensor, gates_TK: Tensor) -> Tensor:
-    """Gates with those of one token and one pool expert added into the first of them.
-
-    Returns:
-        [T, K]; zero wherever an earlier choice of the same token has the same pool expert.
-    """
-    num_chosen = pool_TK.shape[1]
-    if num_chosen == 1:
-        return gates_TK
-    same_TKK = pool_TK.unsqueeze(2) == pool_TK.unsqueeze(1)
-    is_repeat_TK = same_TKK.tril(diagonal=-1).any(dim=2)
-    summed_TK = (same_TKK * gates_TK.unsqueeze(1)).sum(dim=2)
-    return summed_TK.masked_fill(is_repeat_TK, 0.0)
+def _product_of_one(hidden_1D: Tensor, rows_1K: Tensor, gates_1K: Tensor, layer: PoolLayer) -> Tensor:
+    """The product for one token whose choices are different pool experts."""
+    output_1D = torch.zeros_like(hidden_1D, dtype=torch.float32)
+    gates = gates_1K[0].tolist()
+    for row, choice in sorted((row, choice) for choice, row in enumerate(rows_1K[0].tolist())):
+        if gates[choice] != 0.0:
+            output_1D += layer.output(row, hidden_1D) * gates_1K[:, choice : choice + 1]
+    return output_1D.to(hidden_1D.dtype)
 
 
-def expert_output(hidden_TD: Tensor, layer: ExpertLayer, pool_index: int, activation: Activation) -> Tensor:
-    """Output of one pool expert, [T, D]."""
-    return ACTIVATIONS[activation](hidden_TD, lambda name: layer.part(name, pool_index))
-
-
-def expert_product_plain(
-    hidden_TD: Tensor, route: Route, layer: ExpertLayer, activation: Activation
-) -> Tensor:
+def expert_product_plain(hidden_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, layer: PoolLayer) -> Tensor:
     """Specification of `expert_product`: one token and one pool expert at a time."""
     output_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
     for token in range(len(hidden_TD)):
-        gate_of_pool: dict[int, float] = {}
-        for slot, gate in zip(route.slots_TK[token].tolist(), route.gates_TK[token].tolist(), strict=True):
-            pool_index = int(layer.slot_to_pool[slot])
-            gate_of_pool[pool_index] = gate_of_pool.get(pool_index, 0.0) + gate
-        for pool_index, gate in gate_of_pool.items():
+        gate_of_row: dict[int, float] = {}
+        for row, gate in zip(rows_TK[token].tolist(), gates_TK[token].tolist(), strict=True):
+            gate_of_row[row] = gate_of_row.get(row, 0.0) + gate
+        for row, gate in sorted(gate_of_row.items()):
             if gate != 0.0:
-                one_token_1D = hidden_TD[token : token + 1]
-                one_output = expert_output(one_token_1D, layer, pool_index, activation)
-                output_TD[token] += gate * one_output[0].float()
+                output_TD[token] += gate * layer.output(row, hidden_TD[token : token + 1])[0].float()
     return output_TD.to(hidden_TD.dtype)

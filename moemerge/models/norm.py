@@ -5,10 +5,16 @@ from torch import Tensor
 
 
 def rms_norm(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Scale the last axis to unit mean square in float32, cast back, then multiply by the weight.
+    """Scale the last axis to unit mean square, then multiply by the weight.
 
-    The cast comes before the multiplication, as in the reference; in bf16 the order shows.
+    The cast back to the dtype of `hidden` comes before the multiplication, as in the reference; in bf16
+    the order shows.
     """
+    return weight_D * unit_mean_square(hidden, eps)
+
+
+def unit_mean_square(hidden: Tensor, eps: float) -> Tensor:
+    """Scale the last axis to unit mean square in float32, and cast back."""
     wide = hidden.float()
     wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return weight_D * wide.to(hidden.dtype)
+    return wide.to(hidden.dtype)

@@ -2,7 +2,7 @@
 
 Values in, values out; knows nothing of caches and layers.
 
-Shapes: B rows, T new tokens, S keys, H query heads, h head width.
+Shapes: T tokens, h head width.
 """
 
 import math
@@ -10,29 +10,28 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and sines, [B or 1, 1, T, h], both halves of a head alike."""
+    """Cosines and sines, [T, 1, h], both halves of a head alike."""
 
     cosine: Tensor
     sine: Tensor
 
 
-def rotary_tables(positions_BT: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> RotaryTables:
+def rotary_tables(positions_T: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> RotaryTables:
     """Tables for inverse frequencies `theta^(-2i/h)`, computed in float32 and cast once."""
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions_BT.device) / head_size
-    angles = positions_BT.float()[:, None, :, None] * (1.0 / theta**exponents)
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions_T.device) / head_size
+    angles = positions_T.float()[:, None, None] * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
-def rotate(heads_BHTh: Tensor, tables: RotaryTables) -> Tensor:
+def rotate(heads_THh: Tensor, tables: RotaryTables) -> Tensor:
     """Rotary embedding in the half-split form: entry i of a head is paired with entry i + h/2."""
-    first, second = heads_BHTh.chunk(2, dim=-1)
+    first, second = heads_THh.chunk(2, dim=-1)
     swapped = torch.cat((-second, first), dim=-1)
-    return heads_BHTh * tables.cosine + swapped * tables.sine
+    return heads_THh * tables.cosine + swapped * tables.sine
 
 
 def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
@@ -58,26 +57,3 @@ def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int, bidi
     log_share = (distance.clamp(min=1).float() / num_exact).log() / math.log(max_distance / num_exact)
     logarithmic = (num_exact + (log_share * (num_buckets - num_exact)).long()).clamp(max=num_buckets - 1)
     return offset + torch.where(distance < num_exact, distance, logarithmic)
-
-
-def position_bias(
-    table: Tensor, num_new: int, num_keys: int, max_distance: int, bidirectional: bool
-) -> Tensor:
-    """Bias that is added to attention scores, for the last `num_new` of `num_keys` positions.
-
-    Args:
-        table: [buckets, H].
-        num_new: Queries; they stand at the end of the keys.
-        num_keys: Keys.
-        max_distance: See `relative_buckets`.
-        bidirectional: See `relative_buckets`.
-
-    Returns:
-        [1, H, T, S] in the dtype of the table.
-    """
-    key_S = torch.arange(num_keys, device=table.device)
-    query_T = key_S[num_keys - num_new :]
-    buckets_TS = relative_buckets(
-        key_S[None, :] - query_T[:, None], table.shape[0], max_distance, bidirectional
-    )
-    return functional.embedding(buckets_TS, table).permute(2, 0, 1).unsqueeze(0)

@@ -3,16 +3,18 @@
 Routing always happens among a variant's own E slots; where a slot's expert is stored does not matter
 here. Knows nothing of experts, pools and layers.
 
-Shapes: T tokens, E slots, K slots per token; B rows (sequences) of S tokens where capacity counts.
+Shapes: T tokens, E slots, K slots per token.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from moemerge.models.batch import Span
 
 
 class Routing(StrEnum):
@@ -40,8 +42,7 @@ class Route(NamedTuple):
 RouteObserver = Callable[[int, Tensor, Route], None]
 """Told the layer index, the experts' input [T, D] and the route, before the experts are computed.
 
-Layers are counted through all stacks, encoder first. T runs over all rows of a batch in order, padding
-included.
+Layers are counted through all stacks, encoder first.
 """
 
 
@@ -72,27 +73,35 @@ TOKEN_ROUTINGS: Mapping[Routing, Callable[[Tensor, int], Route]] = {
 """The kinds that look at one token at a time, which is what a decoder-only model may use."""
 
 
-def switch_top1(logits_BSE: Tensor, capacity: int, dtype: torch.dtype) -> Route:
-    """The best slot with its probability, as long as the slot has room.
-
-    Within each row a slot serves its first `capacity` tokens by position, padding included; later ones
-    are dropped. Rows never compete, so a batch equals its rows one at a time.
+def switch_top1(logits_TE: Tensor, dtype: torch.dtype) -> Route:
+    """The best slot with its probability.
 
     Args:
-        logits_BSE: Float32 router logits.
-        capacity: Tokens per slot and row.
+        logits_TE: Float32 router logits.
         dtype: The model's dtype. Probabilities are rounded to it before the best one is taken, which
             decides near ties as the reference does.
 
-    Returns:
-        Route of T = B * S tokens in row order, K = 1.
-
     Source: transformers 5.23 `SwitchTransformersTop1Router`.
     """
-    probabilities_BSE = functional.softmax(logits_BSE, dim=-1, dtype=torch.float32).to(dtype)
-    gates_BS = probabilities_BSE.amax(dim=-1)
-    slots_BS = probabilities_BSE.argmax(dim=-1)
-    chosen_BSE = functional.one_hot(slots_BS, logits_BSE.shape[-1])
-    place_BS = chosen_BSE.cumsum(dim=-2).gather(-1, slots_BS.unsqueeze(-1)).squeeze(-1)
-    gates_BS = gates_BS.float().masked_fill(place_BS > capacity, 0.0)
-    return Route(slots_BS.reshape(-1, 1), gates_BS.reshape(-1, 1))
+    probabilities_TE = functional.softmax(logits_TE, dim=-1, dtype=torch.float32).to(dtype)
+    slots_T1 = probabilities_TE.argmax(dim=-1, keepdim=True)
+    return Route(slots_T1, probabilities_TE.amax(dim=-1, keepdim=True).float())
+
+
+def drop_over_capacity(route: Route, capacity: int, num_slots: int, spans: Sequence[Span]) -> Route:
+    """Gate zero for each token whose slot has served `capacity` earlier tokens of its span.
+
+    Spans never compete, so a batch equals its sequences one at a time.
+    """
+    if max(span.length for span in spans) <= capacity:
+        return route
+    slots_T1, gates_T1 = route
+    device = slots_T1.device
+    chosen_TE = functional.one_hot(slots_T1[:, 0], num_slots)
+    until_TE = chosen_TE.cumsum(dim=0)
+    start_T = torch.tensor([span.start for span in spans], device=device).repeat_interleave(
+        torch.tensor([span.length for span in spans], device=device)
+    )
+    before_TE = (until_TE - chosen_TE)[start_T]
+    place_T1 = (until_TE - before_TE).gather(1, slots_T1)
+    return Route(slots_T1, gates_T1.masked_fill(place_T1 > capacity, 0.0))

@@ -1,0 +1,41 @@
+"""The product of hidden states with a matrix, in the layout that is fastest for the device.
+
+On a CPU that computes in bf16, matrices packed into oneDNN's blocks take about half the time of plain
+ones for the few rows of a decoding step. Knows nothing of what the matrices are for.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `pack` does anything for such matrices."""
+    return (
+        dtype == torch.bfloat16
+        and device.type == "cpu"
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """The matrix [N, D] as `multiply` likes it best: packed, or itself where that cannot be.
+
+    A packed matrix has the same shape, dtype and size in memory, and nothing but `multiply` takes it;
+    `to_dense` gives the values back.
+    """
+    if matrix.layout != torch.strided or not can_pack(matrix.dtype, matrix.device):
+        return matrix
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), None)
+    return packed
+
+
+def multiply(hidden_TD: Tensor, matrix: Tensor) -> Tensor:
+    """`hidden matrix^T`, [T, N], computed in the dtype of `hidden_TD`; the matrix may be packed."""
+    if matrix.dtype != hidden_TD.dtype:
+        matrix = (matrix if matrix.layout == torch.strided else matrix.to_dense()).to(hidden_TD.dtype)
+    if matrix.layout == torch.strided:
+        return functional.linear(hidden_TD, matrix)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_TD, matrix, None, "none", [], "")
+    return product

@@ -1,0 +1,120 @@
+"""Non-expert tensors as a forward pass asks for them: of one variant, or of several side by side.
+
+A model names roles and gives hidden states; whose tensors they meet is decided here. Knows nothing of
+files, residency and of what a role is for.
+
+Shapes: T tokens, D model width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moemerge.models.norm import rms_norm, unit_mean_square
+from moemerge.models.products import multiply
+
+
+class Weights(Protocol):
+    """The non-expert tensors of the variants in a batch. All of them have the same roles."""
+
+    def __contains__(self, role: str) -> bool:
+        """Whether there is such a tensor."""
+        ...
+
+    def linear(self, role: str, hidden_TD: Tensor) -> Tensor:
+        """Product of each token with its variant's matrix [N, D]; [T, N] in the dtype of the tokens."""
+        ...
+
+    def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
+        """Root mean square norm with each token's variant's weight."""
+        ...
+
+    def embed(self, role: str, ids: Tensor) -> Tensor:
+        """Rows of the table of each token's variant; ids [T, ...] give [T, ..., D]."""
+        ...
+
+    def narrow(self, start: int, length: int) -> "Weights":
+        """The weights of so many consecutive tokens of the batch."""
+        ...
+
+
+class OneVariant:
+    """`Weights` of a batch of one variant, over its tensors by role; matrices may be packed."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.tensors
+
+    def linear(self, role: str, hidden_TD: Tensor) -> Tensor:
+        """See `Weights.linear`."""
+        return multiply(hidden_TD, self.tensors[role])
+
+    def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
+        """See `Weights.norm`."""
+        return rms_norm(hidden_TD, self.tensors[role], eps)
+
+    def embed(self, role: str, ids: Tensor) -> Tensor:
+        """See `Weights.embed`."""
+        return functional.embedding(ids, self.tensors[role])
+
+    def narrow(self, start: int, length: int) -> "OneVariant":
+        """See `Weights.narrow`."""
+        return self
+
+
+class MixedVariants:
+    """`Weights` of a batch of several variants, whose tokens stand one variant after the other.
+
+    A role is one product per run of tokens that meet the same tensor; neighbours that hold the very same
+    tensor object are one run.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, Mapping[str, Tensor]]]) -> None:
+        """Number of consecutive tokens and their variant's tensors by role, in the order of the batch."""
+        self.parts = parts
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.parts[0][1]
+
+    def linear(self, role: str, hidden_TD: Tensor) -> Tensor:
+        """See `Weights.linear`."""
+        return self._by_run(role, hidden_TD, multiply)
+
+    def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
+        """See `Weights.norm`."""
+        return self._by_run(role, unit_mean_square(hidden_TD, eps), torch.mul)
+
+    def embed(self, role: str, ids: Tensor) -> Tensor:
+        """See `Weights.embed`."""
+        return self._by_run(role, ids, functional.embedding)
+
+    def narrow(self, start: int, length: int) -> Weights:
+        """See `Weights.narrow`."""
+        parts, begin = [], 0
+        for count, tensors in self.parts:
+            overlap = min(begin + count, start + length) - max(begin, start)
+            if overlap > 0:
+                parts.append((overlap, tensors))
+            begin += count
+        return OneVariant(parts[0][1]) if len(parts) == 1 else MixedVariants(parts)
+
+    def _by_run(self, role: str, tokens: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        runs = self._runs(role)
+        if len(runs) == 1:
+            return apply(tokens, runs[0][1])
+        pieces = torch.split(tokens, [count for count, _ in runs])
+        return torch.cat([apply(piece, tensor) for piece, (_, tensor) in zip(pieces, runs, strict=True)])
+
+    def _runs(self, role: str) -> list[tuple[int, Tensor]]:
+        runs: list[tuple[int, Tensor]] = []
+        for count, tensors in self.parts:
+            tensor = tensors[role]
+            if runs and runs[-1][1] is tensor:
+                count += runs.pop()[0]
+            runs.append((count, tensor))
+        return runs
