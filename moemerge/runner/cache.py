@@ -89,9 +89,7 @@ class BlockKeys:
         if known is None:
             count = group.num_keys // self.granularity
             # Behind a shorter sequence's blocks stands block 0, which the mask hides.
-            padded = [
-                (self._tables[number].blocks + [0] * count)[:count] for number in group.sequences
-            ]
+            padded = [(self._tables[number].blocks + [0] * count)[:count] for number in group.sequences]
             known = torch.tensor(padded, device=self._cache.keys.device).flatten()
             self._group_blocks[group.sequences] = known
         return known

@@ -1,215 +1,453 @@
-"""One bundle on one device: the pool stays, variants change by their non-expert tensors.
+"""The engine: requests in, tokens out, one forward step at a time.
 
-Switching moves only tensors that differ between the active variant and the next; tensors that the
-bundle stores once for both stay where they are.
+A step computes tokens of all variants that the scheduler lets in together: the pool is shared, the
+non-expert tensors are each variant's own. An engine belongs to one thread; `EngineService` gives it one.
 """
 
+import itertools
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moemerge.bundle.reader import Bundle
-from moemerge.checkpoint.headers import StoredTensor
-from moemerge.checkpoint.tensors import TensorReader, torch_dtype
-from moemerge.errors import DamagedBundle, InvalidRecipe
-from moemerge.models import Decoder, EncoderDecoder, build_model
+from moemerge.errors import InvalidRecipe, NotFound, UnsupportedCheckpoint
+from moemerge.models import Decoder
+from moemerge.runner.answers import Answers
+from moemerge.runner.blocks import BlockPool, BlockTable, Owner
+from moemerge.runner.cache import BlockCache
+from moemerge.runner.forward import Forward, cache_geometry, model_of
+from moemerge.runner.metrics import Snapshot, StepFigures, VariantFigures, VariantState
+from moemerge.runner.options import (
+    EngineOptions,
+    choose_device,
+    choose_dtype,
+    parse_resident,
+    plan_memory,
+)
 from moemerge.runner.pool import load_pool
-from moemerge.runner.sampling import Sampling, choose
+from moemerge.runner.request import FinishReason, Output, Request
+from moemerge.runner.residency import Residency
+from moemerge.runner.residents import Residents
+from moemerge.runner.sampling import Sampler, Sampling
+from moemerge.runner.scheduler import Scheduler, Work
+from moemerge.runner.sequence import Sequence
+from moemerge.runner.weights import Swap, WeightStore
 
-_Steps = Generator[Tensor, int, None]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOADING_WAIT_S = 0.05
+_IDLE_WAIT_S = 0.001
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Swap:
-    """What switching to a variant took.
+@dataclass(frozen=True, slots=True)
+class VariantLimits:
+    """What a request to a variant may hold.
 
     Attributes:
-        variant: Now active.
-        moved_bytes: Bytes copied, in the bundle's dtype.
-        kept_bytes: Bytes of non-expert tensors that were there already.
-        seconds: Wall time.
+        vocab_size: Token ids are below it.
+        context_tokens: Prompt and answer together; of an encoder-decoder each of the two.
     """
 
-    variant: str
-    moved_bytes: int
-    kept_bytes: int
-    seconds: float
+    vocab_size: int
+    context_tokens: int
+
+
+def check_request(request: Request, limits: VariantLimits) -> None:
+    """What of a request depends on its variant.
+
+    Raises:
+        InvalidRecipe: Token ids beyond the vocabulary, or a prompt that leaves no room for an answer.
+    """
+    if max(request.prompt_ids) >= limits.vocab_size:
+        raise InvalidRecipe(f"the prompt has token ids outside 0 to {limits.vocab_size - 1}")
+    if len(request.prompt_ids) >= limits.context_tokens:
+        raise InvalidRecipe(
+            f"the prompt has {len(request.prompt_ids)} tokens, which leave no room for an answer in a "
+            f"context of {limits.context_tokens}"
+        )
 
 
 class Engine:
-    """Runs one variant of a bundle at a time."""
+    """Serves the variants of one bundle from one device."""
 
-    def __init__(self, bundle: Bundle, *, dtype: str = "auto", device: str = "cpu") -> None:
+    def __init__(self, bundle: Bundle, options: EngineOptions | None = None) -> None:
+        """Load the pool and the pinned variants.
+
+        Raises:
+            InvalidRecipe, NotFound: Options that cannot be, or name variants that the bundle has not.
+            NotEnoughRoom: Device memory does not hold what the options ask for.
+            UnsupportedCheckpoint: Settings that no model here implements.
+        """
         self.bundle = bundle
-        self.device = _choose_device(device)
-        self.dtype = _choose_dtype(bundle, dtype, self.device)
-        self.active: str | None = None
-        self._pool = load_pool(bundle, self.dtype, self.device)
-        self._weights: dict[str, Tensor] = {}
-        self._held: dict[str, StoredTensor] = {}
-        self._model: Decoder | EncoderDecoder | None = None
+        self.options = options = options or EngineOptions()
+        self.device = choose_device(options.device)
+        self.dtype = choose_dtype(bundle, options.dtype, self.device)
+        names = options.variants or tuple(bundle.manifest.variants)
+        for name in (*names, *options.pinned, *options.weights):
+            bundle.variant(name)
+        self._resident_limit = parse_resident(options.resident)
+        self._store = WeightStore(bundle, names, self.dtype, self.device)
+        self._check_residency(names)
+
+        geometry = cache_geometry(model_of(bundle, names[0]), options.block_tokens)
+        longest = max((c for c in (_max_positions(bundle, n) for n in names) if c), default=None)
+        memory = plan_memory(
+            options, bundle, self._store, geometry,
+            resident=self._resident_limit, variants=names, context_tokens=longest,
+        )  # fmt: skip
+        self._blocks = BlockPool(memory.num_blocks, options.block_tokens)
+        self._pool = load_pool(
+            bundle, self.dtype, self.device, memory_bytes=memory.pool_bytes, is_packed=options.pack
+        )
+        cache = BlockCache(geometry, memory.num_blocks, self.dtype, self.device)
+        self._forward = Forward(bundle, self._pool, cache, self.device)
+        self.scheduler = Scheduler(self._blocks, options.limits(), options.chosen_policy())
+        self._residents = Residents(
+            Residency(
+                lambda variants: self._resident_limit.fits(variants, self._store),
+                options.patience(),
+                set(options.pinned),
+            ),
+            self._store,
+            self._forward,
+            self._note_swap,
+        )
+        self._answers = Answers(self.scheduler)
+        self._steps = StepFigures()
+        self._limits: dict[str, VariantLimits] = {}
+        self._revisions: dict[str, int] = {}
+        self._numbers = itertools.count()
+        for name in names:
+            self._enable(name)
+        for name in options.pinned:
+            self.ensure_resident(name)
+
+    # Requests
+
+    def submit(self, request: Request) -> None:
+        """Put a request in its variant's queue.
+
+        Raises:
+            NotFound: The variant is not served.
+            InvalidRecipe: Its id is in use, or as `check_request`, or its log-probabilities cannot be had.
+        """
+        limits = self.limits_of(request.variant)
+        check_request(request, limits)
+        if request.request_id in self._answers.sequences:
+            raise InvalidRecipe(f"request id {request.request_id!r} is in use")
+        is_decoder = isinstance(self._forward.model(request.variant), Decoder)
+        if request.num_prompt_logprobs is not None and not is_decoder:
+            raise InvalidRecipe("log-probabilities of the prompt are for decoder-only models")
+        now_s = time.perf_counter()
+        owner = Owner(str(self.bundle.folder), request.variant, self._revisions[request.variant])
+        start = _setting(self.bundle, request.variant, "start_token_id") if not is_decoder else None
+        sequence = Sequence(
+            number=next(self._numbers),
+            request=request,
+            arrival_s=now_s if request.arrival_s is None else request.arrival_s,
+            source_ids=() if start is None else request.prompt_ids,
+            tokens=list(request.prompt_ids) if start is None else [start],
+            num_prompt=len(request.prompt_ids) if start is None else 1,
+            room=min(request.max_tokens, self._room(request, limits, is_decoder=is_decoder)),
+            table=BlockTable(owner),
+            cross_table=BlockTable(owner),
+            sampler=Sampler(
+                request.sampling,
+                request.prompt_ids,
+                stop_ids=frozenset() if request.ignore_stop else request.stop_ids,
+                min_tokens=request.min_tokens,
+            ),
+            queued_s=now_s,
+            is_encoded=is_decoder,
+        )
+        self._residents.residency.requested(request.variant, now_s)
+        self._answers.begin(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its blocks are free at once. One that is not there any more is passed over."""
+        sequence = self._answers.sequences.get(request_id)
+        if sequence is not None:
+            self._answers.end(sequence, FinishReason.CANCELLED)
+
+    def fail_all(self, error: str) -> None:
+        """End all requests with an error; for a step that did not come to its end."""
+        for sequence in list(self._answers.sequences.values()):
+            self._answers.end(sequence, FinishReason.ERROR, error=error)
 
     @property
-    def model(self) -> Decoder | EncoderDecoder:
-        """The active variant's model.
+    def has_work(self) -> bool:
+        """There is something to compute or to tell."""
+        return self.scheduler.has_work or self._answers.has_untold
 
-        Raises:
-            InvalidRecipe: No variant is active yet.
+    def step(self) -> list[Output]:
+        """Do one forward step, or wait a moment for a variant that is being loaded.
+
+        Returns:
+            What there is to tell, also about requests that were cancelled since the last step.
         """
-        if self._model is None:
-            raise InvalidRecipe("no variant is active; switch to one first")
-        return self._model
+        begin_s = time.perf_counter()
+        self._move_variants(begin_s)
+        residency = self._residents.residency
+        plan = self.scheduler.plan(begin_s, residency.residents, residency.open_to)
+        for sequence in plan.preempted:
+            self._answers.figures[sequence.variant].preemptions += 1
+        if plan.work:
+            results = self._forward.compute(plan.work)
+            self.scheduler.computed(plan)
+            residency.computed({item.sequence.variant for item in plan.work})
+            self._answers.choose(results)
+            self._note_step(plan.work, time.perf_counter() - begin_s)
+        elif self._residents.is_loading:
+            self._residents.receive(time.perf_counter(), _LOADING_WAIT_S)
+        elif self.scheduler.has_work and not self._answers.has_untold:
+            time.sleep(_IDLE_WAIT_S)  # whoever is resident may stay a moment longer
+        return self._answers.take_untold()
 
-    def switch(self, variant: str) -> Swap:
-        """Make a variant active.
-
-        Raises:
-            NotFound: The bundle has no such variant.
-            DamagedBundle: A tensor is not where the manifest says.
-        """
-        begin = time.perf_counter()
-        wanted = self.bundle.tensors(variant)
-        moved = {role: tensor for role, tensor in wanted.items() if self._held.get(role) != tensor}
-        if variant != self.active:
-            # Half-exchanged weights belong to no variant.
-            self.active = self._model = None
-            self._exchange(wanted, moved)
-            self._model = self._build(variant)
-            self.active = variant
-        return Swap(
-            variant=variant,
-            moved_bytes=sum(tensor.nbytes for tensor in moved.values()),
-            kept_bytes=sum(tensor.nbytes for role, tensor in wanted.items() if role not in moved),
-            seconds=time.perf_counter() - begin,
-        )
+    def run(self, requests: Iterable[Request]) -> Iterator[Output]:
+        """Submit requests and step until nothing is left to do."""
+        for request in requests:
+            self.submit(request)
+        while self.has_work:
+            yield from self.step()
 
     def generate(
         self,
-        prompt_ids: list[int],
+        variant: str,
+        prompt_ids: Iterable[int],
         *,
         max_tokens: int,
-        sampling: Sampling,
+        sampling: Sampling | None = None,
         stop_ids: frozenset[int] = frozenset(),
     ) -> Iterator[int]:
-        """Token ids as they are chosen, until a stop id (not given), `max_tokens` or the context's end.
+        """Token ids of one answer as they are chosen.
 
         Raises:
-            InvalidRecipe: The prompt is empty, too long, or holds ids beyond the vocabulary.
+            NotFound, InvalidRecipe: As `submit`.
         """
-        model = self.model
-        vocab_size = model.config.vocab_size
-        if not prompt_ids:
-            raise InvalidRecipe("the prompt is empty")
-        if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
-            raise InvalidRecipe(f"the prompt has token ids outside 0 to {vocab_size - 1}")
-        room = max_tokens
-        if isinstance(model, Decoder):
-            room = min(max_tokens, model.config.max_positions - len(prompt_ids))
-            if room < 1:
-                raise InvalidRecipe(
-                    f"the prompt has {len(prompt_ids)} tokens, the context is {model.config.max_positions}"
-                )
-        prompt_BT = torch.tensor([prompt_ids], device=self.device)
-        step = (
-            _decoder_steps(model, prompt_BT)
-            if isinstance(model, Decoder)
-            else _switch_steps(model, prompt_BT)
+        request = Request(
+            request_id=f"generate-{next(self._numbers)}",
+            variant=variant,
+            prompt_ids=tuple(prompt_ids),
+            max_tokens=max_tokens,
+            sampling=sampling or Sampling(),
+            stop_ids=stop_ids,
         )
-        generator = sampling.generator()
-        logits_V = next(step)
-        for left in reversed(range(room)):
-            token_id = choose(logits_V, sampling, generator)
-            if token_id in stop_ids:
-                return
-            yield token_id
-            if self._model is not model:
-                raise RuntimeError("the variant was exchanged while it was answering")
-            if left:
-                logits_V = step.send(token_id)
+        try:
+            for output in self.run([request]):
+                if output.request_id == request.request_id:
+                    yield from output.token_ids
+        finally:
+            self.cancel(request.request_id)
+
+    def logits(self, variant: str, token_ids_BT: Tensor) -> Tensor:
+        """Logits [B, T, Vo] of rows of a decoder-only variant, without the cache; for measuring.
+
+        Raises:
+            NotFound: The variant is not served.
+            UnsupportedCheckpoint: It is an encoder-decoder.
+        """
+        self.limits_of(variant)
+        if not isinstance(self._forward.model(variant), Decoder):
+            raise UnsupportedCheckpoint("logits of a text are for decoder-only models")
+        self.ensure_resident(variant)
+        return self._forward.logits_alone(variant, token_ids_BT)
+
+    # Variants
+
+    @property
+    def variants(self) -> Mapping[str, VariantLimits]:
+        """Variants that are served, and what requests to them may hold."""
+        return dict(self._limits)
+
+    def limits_of(self, variant: str) -> VariantLimits:
+        """What a request to a variant may hold.
+
+        Raises:
+            NotFound: The variant is not served.
+        """
+        if variant not in self._limits:
+            raise NotFound(f"no variant {variant!r} is served; there are {', '.join(self._limits)}")
+        return self._limits[variant]
+
+    def add_variant(self, variant: str) -> None:
+        """Serve a variant of the bundle that was not served so far.
+
+        Raises:
+            NotFound: The bundle has no such variant.
+            InvalidRecipe: It is served already, or does not fit beside the pinned ones.
+        """
+        self.bundle.variant(variant)
+        if variant in self._limits:
+            raise InvalidRecipe(f"variant {variant} is served already")
+        self._store.add(variant)
+        try:
+            self._check_residency([variant])
+        except InvalidRecipe:
+            self._store.forget(variant)
+            raise
+        self._enable(variant)
+
+    def remove_variant(self, variant: str) -> None:
+        """Serve a variant no more: its requests end with an error, its memory is free.
+
+        Raises:
+            NotFound: It is not served.
+        """
+        self.limits_of(variant)
+        for sequence in [s for s in self._answers.sequences.values() if s.variant == variant]:
+            self._answers.end(sequence, FinishReason.ERROR, error=f"variant {variant} was removed")
+        self._residents.remove(variant, time.perf_counter())
+        del self._limits[variant]
+
+    def ensure_resident(self, variant: str) -> Swap:
+        """Make a variant resident now, at the cost of idle ones, and say what that took.
+
+        Raises:
+            NotFound: It is not served.
+            InvalidRecipe: There is no room because others are busy or pinned.
+        """
+        self.limits_of(variant)
+        return self._residents.ensure(variant, time.perf_counter())
+
+    def pin(self, variant: str) -> None:
+        """Make a variant resident and keep it.
+
+        Raises:
+            NotFound, InvalidRecipe: As `ensure_resident`; or no room would be left for the others.
+        """
+        self.limits_of(variant)
+        pinned = self._residents.residency.pinned
+        if variant in pinned:
+            return
+        pinned.add(variant)
+        try:
+            self._check_residency(self._limits)
+            self.ensure_resident(variant)
+        except InvalidRecipe:
+            pinned.discard(variant)
+            raise
+
+    def unpin(self, variant: str) -> None:
+        """Keep a variant no more than others.
+
+        Raises:
+            NotFound: It is not served.
+        """
+        self.limits_of(variant)
+        self._residents.residency.pinned.discard(variant)
+
+    # State
+
+    def snapshot(self) -> Snapshot:
+        """Figures of this moment."""
+        residency = self._residents.residency
+        running = [sequence.variant for sequence in self.scheduler.running]
+        return Snapshot(
+            variants={
+                name: VariantState(
+                    figures=self._answers.figures[name].copy(),
+                    state=residency.presence(name).value,
+                    pinned=name in residency.pinned,
+                    waiting=self.scheduler.waiting(name),
+                    running=running.count(name),
+                )
+                for name in self._limits
+            },
+            steps=StepFigures(self._steps.steps, self._steps.mixed, self._steps.tokens, self._steps.seconds),
+            blocks_used=self._blocks.num_used,
+            blocks_total=self._blocks.num_blocks,
+            block_tokens=self._blocks.block_tokens,
+            pool_bytes=self._pool.nbytes,
+            resident_bytes=self._store.resident_bytes,
+            shared_bytes=self._store.shared_bytes,
+            expert_hits=self._pool.hits,
+            expert_misses=self._pool.misses,
+        )
 
     def verify_integrity(self) -> None:
-        """Prove that the weights held are the active variant's.
+        """Prove that blocks, sequences, residents and pool add up.
 
         Raises:
-            DamagedBundle: They are not, or the bundle changed underneath.
+            DamagedBundle: Tensors in memory are not the bundle's.
+            AssertionError: Blocks leaked or are held twice.
         """
-        if self.active is None:
+        sequences = list(self.scheduler.sequences())
+        assert {s.request.request_id for s in sequences} == self._answers.sequences.keys(), (
+            "a request got lost"
+        )
+        self._blocks.verify_integrity([table for s in sequences for table in s.tables])
+        while self._residents.is_loading:
+            self._residents.receive(time.perf_counter(), _LOADING_WAIT_S)
+        self._store.verify_integrity(self._residents.residency.residents)
+        self._pool.verify_integrity()
+
+    def close(self) -> None:
+        """End the loader's thread."""
+        self._residents.close()
+
+    # Within
+
+    def _enable(self, variant: str) -> None:
+        self._forward.model(variant)
+        cached = self._blocks.num_blocks * self._blocks.block_tokens
+        context = _max_positions(self.bundle, variant)
+        self._limits[variant] = VariantLimits(
+            _setting(self.bundle, variant, "vocab_size"), cached if context is None else min(context, cached)
+        )
+        self._answers.figures.setdefault(variant, VariantFigures())
+        self._revisions[variant] = self._revisions.get(variant, -1) + 1
+
+    def _check_residency(self, variants: Iterable[str]) -> None:
+        """Every variant finds room beside the pinned ones."""
+        pinned = self._residents.residency.pinned if hasattr(self, "_residents") else set(self.options.pinned)
+        for name in variants:
+            if not self._resident_limit.fits({*pinned, name}, self._store):
+                beside = f" beside {', '.join(sorted(pinned - {name}))}, pinned" if pinned - {name} else ""
+                raise InvalidRecipe(
+                    f"resident is {self.options.resident}, which leaves no room for variant {name}{beside}"
+                )
+
+    def _room(self, request: Request, limits: VariantLimits, *, is_decoder: bool) -> int:
+        """Tokens that context and cache leave for the answer."""
+        if is_decoder:
+            return limits.context_tokens - len(request.prompt_ids)
+        source_blocks = self._blocks.blocks_for(len(request.prompt_ids))
+        room = (self._blocks.num_blocks - source_blocks) * self._blocks.block_tokens - 1
+        if room < 1:
+            raise InvalidRecipe(f"the prompt has {len(request.prompt_ids)} tokens, which fill the cache")
+        return room
+
+    def _move_variants(self, now_s: float) -> None:
+        emptied = self._residents.advance(self.scheduler.demand(), now_s)
+        if emptied is None:
             return
-        wanted = self.bundle.tensors(self.active)
-        if wanted.keys() != self._weights.keys():
-            raise DamagedBundle(f"{self.active}: tensors of another variant are left")
-        with TensorReader() as reader:
-            for role, tensor in wanted.items():
-                if not torch.equal(reader.read(tensor).to(self.dtype), self._weights[role].cpu()):
-                    raise DamagedBundle(f"{self.active}: {role} differs from the bundle")
+        for sequence in [s for s in self.scheduler.running if s.variant == emptied]:
+            self.scheduler.preempt(sequence, now_s)
+            self._answers.figures[emptied].preemptions += 1
 
-    def _exchange(self, wanted: dict[str, StoredTensor], moved: dict[str, StoredTensor]) -> None:
-        for role in self._weights.keys() - wanted.keys():
-            del self._weights[role]
-            self._held.pop(role, None)
-        with TensorReader() as reader:
-            for role, tensor in moved.items():
-                self._held.pop(role, None)
-                value = reader.read(tensor)
-                place = self._weights.get(role)
-                if place is not None and place.shape == value.shape:
-                    place.copy_(value)
-                else:
-                    self._weights[role] = value.to(device=self.device, dtype=self.dtype)
-                self._held[role] = tensor
+    def _note_swap(self, swap: Swap) -> None:
+        figures = self._answers.figures[swap.variant]
+        figures.swaps += 1
+        figures.swap_bytes += swap.moved_bytes
+        figures.swap_seconds += swap.seconds
+        now_s = time.perf_counter()
+        for sequence in self.scheduler.sequences():
+            if sequence.variant == swap.variant:
+                sequence.stall_s += now_s - sequence.queued_s
+                figures.stall_s += now_s - sequence.queued_s
 
-    def _build(self, variant: str) -> Decoder | EncoderDecoder:
-        entry = self.bundle.variant(variant)
-        experts = self._pool.seen_by(entry.maps, self.device)
-        return build_model(self.bundle.family.arithmetic, entry.settings, self._weights, experts)
+    def _note_step(self, work: Iterable[Work], seconds: float) -> None:
+        steps = self._steps
+        steps.steps += 1
+        steps.mixed += len({item.sequence.variant for item in work}) > 1
+        steps.tokens += sum(item.num_tokens for item in work)
+        steps.seconds += seconds
 
 
-def _choose_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidRecipe(f"device {name!r} is unknown; there are cpu and cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidRecipe(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices; use cpu")
-    return device
+def _max_positions(bundle: Bundle, variant: str) -> int | None:
+    value = bundle.variant(variant).settings.get("max_positions")
+    return None if value is None else int(value)
 
 
-def _choose_dtype(bundle: Bundle, name: str, device: torch.device) -> torch.dtype:
-    if name in DTYPES:
-        return DTYPES[name]
-    if name != "auto":
-        raise InvalidRecipe(f"dtype {name!r} is unknown; there are auto, {', '.join(DTYPES)}")
-    stored = {torch_dtype(tensor) for v in bundle.manifest.variants for tensor in bundle.tensors(v).values()}
-    pools = [bundle.pool(layer.index) for layer in bundle.manifest.layers]
-    stored |= {torch_dtype(tensor) for pool in pools for parts in pool for tensor in parts.values()}
-    dtype = stored.pop() if len(stored) == 1 else torch.float32
-    # Half precision on a CPU is slow and overflows; float32 holds all its values.
-    return (
-        torch.float32
-        if dtype == torch.float64 or (dtype == torch.float16 and device.type == "cpu")
-        else dtype
-    )
-
-
-def _decoder_steps(model: Decoder, prompt_BT: Tensor) -> _Steps:
-    cache = model.new_cache()
-    token_ids_BT = prompt_BT
-    while True:
-        logits_BTV = model.forward(token_ids_BT, cache, last_only=True)
-        token_id = yield logits_BTV[0, -1]
-        token_ids_BT = prompt_BT.new_tensor([[token_id]])
-
-
-def _switch_steps(model: EncoderDecoder, prompt_BS: Tensor) -> _Steps:
-    encoded_BSD = model.encode(prompt_BS)
-    cache = model.new_cache()
-    token_id = model.config.start_token_id
-    while True:
-        logits_BTV = model.decode(prompt_BS.new_tensor([[token_id]]), cache, encoded_BSD, last_only=True)
-        token_id = yield logits_BTV[0, -1]
+def _setting(bundle: Bundle, variant: str, name: str) -> int:
+    return int(bundle.variant(variant).settings[name] or 0)

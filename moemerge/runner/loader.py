@@ -1,0 +1,69 @@
+"""Copies a variant's tensors into device memory while the engine goes on computing.
+
+One thread of its own with one transfer at a time; on CUDA a copy stream of its own as well.
+"""
+
+import queue
+import threading
+from contextlib import nullcontext
+
+import torch
+
+from moemerge.runner.weights import Swap, Transfer
+
+Result = Swap | Exception
+
+
+class Loader:
+    """Carries out transfers in the background; used by one thread only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._jobs: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.current: Transfer | None = None
+
+    def start(self, transfer: Transfer) -> None:
+        """Begin a transfer; there must be none under way."""
+        assert self.current is None
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="moemerge-loader", daemon=True)
+            self._thread.start()
+        self.current = transfer
+        self._jobs.put(transfer)
+
+    def poll(self, timeout_s: float = 0.0) -> Swap | None:
+        """What the transfer took, once it is done; None while it is not.
+
+        Raises:
+            Exception: What went wrong in the copying.
+        """
+        try:
+            result = self._results.get(timeout=timeout_s) if timeout_s else self._results.get_nowait()
+        except queue.Empty:
+            return None
+        self.current = None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """End the thread, after the transfer under way."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _work(self) -> None:
+        is_cuda = self._device.type == "cuda"
+        stream = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
+        while (transfer := self._jobs.get()) is not None:
+            try:
+                with torch.cuda.stream(stream) if stream is not None else nullcontext():
+                    swap = transfer.carry_out()
+                if stream is not None:
+                    stream.synchronize()
+                self._results.put(swap)
+            except Exception as error:  # told to the engine, whose thread raises it
+                self._results.put(error)

@@ -1,0 +1,238 @@
+"""How an engine runs: its options, and how they divide the device's memory."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+from moemerge.bundle.reader import Bundle
+from moemerge.checkpoint.sizes import format_size, parse_size
+from moemerge.checkpoint.tensors import torch_dtype
+from moemerge.errors import InvalidRecipe, NotEnoughRoom
+from moemerge.runner.cache import CacheGeometry
+from moemerge.runner.pool import pool_bytes
+from moemerge.runner.residency import Patience
+from moemerge.runner.scheduler import Limits, Policy
+from moemerge.runner.weights import WeightStore
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CACHE_SHARE = 1 / 8
+"""Of the memory there is, what the key/value cache takes when nothing is said."""
+_CUDA_SHARE = 0.9
+"""Of the free memory of a CUDA device, what the engine plans with; the rest is for activations."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How an engine runs.
+
+    Attributes:
+        device: `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
+        variants: Names of the variants to serve; None for all of the bundle.
+        resident: How many may be resident: `all`, a number, or a size in bytes such as `4GiB`.
+        pinned: Variants that are loaded at the start and stay.
+        policy: `mixed`, `grouped` or `fcfs`.
+        device_memory: Bytes for pool, residents and key/value cache together; None for what there is.
+        cache_memory: Bytes of the key/value cache; None for an eighth of the memory there is, at most what
+            `max_batch` sequences of full length take.
+        block_tokens: Tokens per block of the cache.
+        pack: Whether pool experts may take the blocked layout of the CPU's matrix kernels.
+        max_batch, max_step_tokens, max_wait_s, quantum_s, weights: See `Limits`.
+        patience_s, min_hold_s, drain_s: See `Patience`; None for what suits the policy.
+    """
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    variants: tuple[str, ...] | None = None
+    resident: str = "all"
+    pinned: tuple[str, ...] = ()
+    policy: str = "mixed"
+    device_memory: int | None = None
+    cache_memory: int | None = None
+    block_tokens: int = 16
+    pack: bool = True
+    max_batch: int = 64
+    max_step_tokens: int = 512
+    max_wait_s: float = 10.0
+    quantum_s: float = 0.5
+    weights: Mapping[str, float] = field(default_factory=dict)
+    patience_s: float | None = None
+    min_hold_s: float | None = None
+    drain_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1:
+            raise InvalidRecipe(f"block tokens is {self.block_tokens}, expected at least 1")
+        for name in ("device_memory", "cache_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRecipe(f"{name.replace('_', ' ')} is {value} bytes, expected more")
+        self.chosen_policy()
+        self.limits()
+        self.patience()
+
+    def chosen_policy(self) -> Policy:
+        """The policy.
+
+        Raises:
+            InvalidRecipe: There is no such policy.
+        """
+        try:
+            return Policy(self.policy)
+        except ValueError:
+            raise InvalidRecipe(f"policy {self.policy!r} is unknown; there are {', '.join(Policy)}") from None
+
+    def limits(self) -> Limits:
+        """What the scheduler keeps to."""
+        return Limits(
+            max_batch=self.max_batch,
+            max_step_tokens=max(self.max_step_tokens, self.max_batch),
+            max_wait_s=self.max_wait_s,
+            quantum_s=self.quantum_s,
+            weights=dict(self.weights),
+        )
+
+    def patience(self) -> Patience:
+        """How residency decides: in order of arrival at once, by turns after a turn, else patiently."""
+        patience_s, min_hold_s, drain_s = {
+            Policy.MIXED: (1.0, 1.0, 5.0),
+            Policy.GROUPED: (self.quantum_s, self.quantum_s, self.max_wait_s),
+            Policy.FCFS: (0.0, 0.0, float("inf")),
+        }[self.chosen_policy()]
+        return Patience(
+            patience_s=patience_s if self.patience_s is None else self.patience_s,
+            min_hold_s=min_hold_s if self.min_hold_s is None else self.min_hold_s,
+            drain_s=drain_s if self.drain_s is None else self.drain_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentLimit:
+    """How much may be resident: so many variants, or so many bytes of their tensors; None for no limit."""
+
+    count: int | None = None
+    nbytes: int | None = None
+
+    def fits(self, variants: Collection[str], store: WeightStore) -> bool:
+        """Whether these variants may be resident together."""
+        if self.count is not None:
+            return len(set(variants)) <= self.count
+        return self.nbytes is None or store.set_bytes(variants) <= self.nbytes
+
+    def most_bytes(self, variants: Collection[str], store: WeightStore) -> int:
+        """The most that residents can take."""
+        everything = store.set_bytes(variants)
+        if self.count is not None:
+            largest = sorted((store.set_bytes([variant]) for variant in variants), reverse=True)
+            return min(everything, sum(largest[: self.count]))
+        return everything if self.nbytes is None else min(everything, self.nbytes)
+
+
+def parse_resident(text: str) -> ResidentLimit:
+    """What `--resident` says.
+
+    Raises:
+        InvalidRecipe: Neither `all`, a number of variants, nor a size.
+    """
+    if text == "all":
+        return ResidentLimit()
+    if text.isascii() and text.isdigit():
+        if int(text) < 1:
+            raise InvalidRecipe(f"resident is {text}, expected at least 1 variant")
+        return ResidentLimit(count=int(text))
+    try:
+        return ResidentLimit(nbytes=parse_size(text))
+    except InvalidRecipe as error:
+        raise InvalidRecipe(f"resident is {text!r}, expected all, a number of variants, or a size") from error
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How device memory is divided; `pool_bytes` is None when the whole pool is to be held."""
+
+    num_blocks: int
+    pool_bytes: int | None
+
+
+def plan_memory(
+    options: EngineOptions,
+    bundle: Bundle,
+    store: WeightStore,
+    geometry: CacheGeometry,
+    *,
+    resident: ResidentLimit,
+    variants: Collection[str],
+    context_tokens: int | None,
+) -> MemoryPlan:
+    """Divide the device's memory: residents first, then the cache, and what is left for pool experts.
+
+    Raises:
+        NotEnoughRoom: The memory does not hold residents and a cache.
+    """
+    memory = options.device_memory
+    if memory is None and store.device.type == "cuda":
+        memory = int(torch.cuda.mem_get_info(store.device)[0] * _CUDA_SHARE)
+    resident_bytes = resident.most_bytes(variants, store)
+    block_bytes = geometry.block_bytes(store.dtype)
+    cache_bytes = options.cache_memory
+    if cache_bytes is None:
+        available = psutil.virtual_memory().available if memory is None else memory
+        full = options.max_batch * (-(-(context_tokens or 4096) // options.block_tokens)) * block_bytes
+        cache_bytes = min(full, max(int(available * _CACHE_SHARE), block_bytes))
+    num_blocks = cache_bytes // block_bytes
+    if num_blocks < 1:
+        raise NotEnoughRoom(
+            f"the key/value cache has {format_size(cache_bytes)}, one block of {options.block_tokens} tokens "
+            f"takes {format_size(block_bytes)}"
+        )
+    if memory is None:
+        return MemoryPlan(num_blocks, None)
+    left = memory - resident_bytes - num_blocks * block_bytes
+    if left <= 0:
+        raise NotEnoughRoom(
+            f"device memory of {format_size(memory)} does not hold the resident variants "
+            f"({format_size(resident_bytes)}) and the key/value cache "
+            f"({format_size(num_blocks * block_bytes)}). Give more, or fewer residents"
+        )
+    return MemoryPlan(num_blocks, left if left < pool_bytes(bundle, store.dtype) else None)
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of that name.
+
+    Raises:
+        InvalidRecipe: Unknown, or not there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidRecipe(f"device {name!r} is unknown; there are cpu and cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidRecipe(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+def choose_dtype(bundle: Bundle, name: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in.
+
+    Raises:
+        InvalidRecipe: Unknown.
+    """
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise InvalidRecipe(f"dtype {name!r} is unknown; there are auto, {', '.join(DTYPES)}")
+    stored = {torch_dtype(tensor) for v in bundle.manifest.variants for tensor in bundle.tensors(v).values()}
+    pools = [bundle.pool(layer.index) for layer in bundle.manifest.layers]
+    stored |= {torch_dtype(tensor) for pool in pools for parts in pool for tensor in parts.values()}
+    dtype = stored.pop() if len(stored) == 1 else torch.float32
+    # Half precision on a CPU is slow and overflows; float32 holds all its values.
+    return (
+        torch.float32
+        if dtype == torch.float64 or (dtype == torch.float16 and device.type == "cpu")
+        else dtype
+    )

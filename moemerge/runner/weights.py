@@ -1,0 +1,169 @@
+"""Non-expert tensors in device memory: each once, counted by the variants that use it.
+
+Tensors that the bundle stores once for several variants are one tensor here too and never moved for
+the second of them. Memory of a variant that is set aside is kept for the next of the same shapes, since
+fresh memory costs several times the copy (page faults).
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moemerge.bundle.reader import Bundle
+from moemerge.checkpoint.headers import StoredTensor
+from moemerge.checkpoint.tensors import map_tensors
+from moemerge.errors import DamagedBundle
+
+Placement = Mapping[str, StoredTensor]
+"""A variant's tensors by role, as places in the bundle's files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swap:
+    """What making a variant resident took.
+
+    Attributes:
+        variant: Resident now.
+        moved_bytes: Bytes copied, in the bundle's dtype.
+        kept_bytes: Bytes of its non-expert tensors that were there already.
+        seconds: Wall time of copying.
+    """
+
+    variant: str
+    moved_bytes: int
+    kept_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Copies to be made for a variant: source in the mapped bundle, target in device memory."""
+
+    variant: str
+    copies: tuple[tuple[StoredTensor, Tensor, Tensor], ...]
+    kept_bytes: int
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes to be copied, in the bundle's dtype."""
+        return sum(source.nbytes for _, source, _ in self.copies)
+
+    def carry_out(self) -> Swap:
+        """Copy everything, in the order of the layers; may run on another thread."""
+        begin = time.perf_counter()
+        for _, source, target in self.copies:
+            _copy(source, target)
+        return Swap(
+            variant=self.variant,
+            moved_bytes=self.moved_bytes,
+            kept_bytes=self.kept_bytes,
+            seconds=time.perf_counter() - begin,
+        )
+
+
+class WeightStore:
+    """Non-expert tensors of the resident variants, and where those of the others are."""
+
+    def __init__(
+        self, bundle: Bundle, variants: Collection[str], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._bundle = bundle
+        self._placements: dict[str, Placement] = {}
+        self._mapped: dict[str, dict[str, Tensor]] = {}
+        self._held: dict[StoredTensor, Tensor] = {}
+        self._users: dict[StoredTensor, set[str]] = defaultdict(set)
+        self._spare: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for variant in variants:
+            self.add(variant)
+
+    def add(self, variant: str) -> None:
+        """Know a variant's tensors.
+
+        Raises:
+            NotFound, DamagedBundle: As `Bundle.tensors`.
+        """
+        self._placements[variant] = self._bundle.tensors(variant)
+
+    def forget(self, variant: str) -> None:
+        """Know a variant no more; it must not be held."""
+        placement = self._placements.pop(variant)
+        assert not any(variant in self._users[tensor] for tensor in placement.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of tensors in use."""
+        return sum(tensor.nbytes for tensor in self._held.values())
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that residents would take more if each kept tensors of its own."""
+        return sum((len(self._users[place]) - 1) * tensor.nbytes for place, tensor in self._held.items())
+
+    def set_bytes(self, variants: Collection[str]) -> int:
+        """Bytes that these variants take together in device memory."""
+        distinct = {tensor for variant in variants for tensor in self._placements[variant].values()}
+        return sum(tensor.num_elements for tensor in distinct) * self.dtype.itemsize
+
+    def weights(self, variant: str) -> dict[str, Tensor]:
+        """Tensors of a resident variant by role."""
+        return {role: self._held[place] for role, place in self._placements[variant].items()}
+
+    def prepare(self, variant: str) -> Transfer:
+        """Memory for a variant and the copies that fill it; nobody may use it before they are made."""
+        places = list(dict.fromkeys(self._placements[variant].values()))
+        missing = [place for place in places if place not in self._held]
+        for place in missing:
+            self._held[place] = self._take(torch.Size(place.shape))
+        for place in places:
+            self._users[place].add(variant)
+        return Transfer(
+            variant,
+            tuple((place, self._source(place), self._held[place]) for place in missing),
+            sum(place.nbytes for place in places) - sum(place.nbytes for place in missing),
+        )
+
+    def release(self, variant: str) -> None:
+        """Set a variant aside; memory that nobody else uses is kept for the next one."""
+        for place in set(self._placements[variant].values()):
+            self._users[place].discard(variant)
+            if not self._users[place]:
+                del self._users[place]
+                tensor = self._held.pop(place)
+                self._spare[tensor.shape].append(tensor)
+
+    def verify_integrity(self, residents: Collection[str]) -> None:
+        """Prove that what is held is what the residents need, with the bundle's values.
+
+        Raises:
+            DamagedBundle: It is not, or the bundle changed underneath.
+        """
+        expected = {place for variant in residents for place in self._placements[variant].values()}
+        if expected != self._held.keys():
+            raise DamagedBundle(f"tensors in memory are not those of {', '.join(sorted(residents))}")
+        for place, tensor in self._held.items():
+            if not torch.equal(self._source(place).to(self.dtype), tensor.cpu()):
+                raise DamagedBundle(f"{place.path}: {place.name} differs from what is in memory")
+
+    def _take(self, shape: torch.Size) -> Tensor:
+        spare = self._spare[shape]
+        return spare.pop() if spare else torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _source(self, place: StoredTensor) -> Tensor:
+        file = str(place.path)
+        if file not in self._mapped:
+            self._mapped[file] = map_tensors(place.path)
+        return self._mapped[file][place.name]
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    if target.device.type == "cpu" and source.dtype == target.dtype:
+        # One thread and no lock of the interpreter, so that computing goes on beside it.
+        target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
+    else:
+        target.copy_(source, non_blocking=False)
