@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from moemerge.errors import UnsupportedCheckpoint
 from moemerge.models.alone import StandAlone
-from moemerge.models.attention import Group, KeyValues
+from moemerge.models.attention import KeyValues
 from moemerge.models.batch import Batch, Span, build_batch
 from moemerge.models.cache import GrowingCache
 from moemerge.models.config import DecoderConfig, EncoderDecoderConfig
@@ -23,6 +23,7 @@ from moemerge.models.experts import (
     expert_product,
     own_experts,
 )
+from moemerge.models.groups import Group
 from moemerge.models.products import can_pack, multiply, pack
 from moemerge.models.routing import Route, RouteObserver, Routing
 from moemerge.models.weights import MixedVariants, OneVariant, Weights

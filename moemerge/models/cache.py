@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moemerge.models.attention import Group
 from moemerge.models.batch import Span
+from moemerge.models.groups import Group
 
 KeysAndValues = tuple[Tensor, Tensor]
 

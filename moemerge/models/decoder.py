@@ -9,10 +9,11 @@ Shapes: T tokens, D model width, W tokens whose successor is wanted, Vo vocabula
 import torch
 from torch import Tensor
 
-from moemerge.models.attention import Group, KeyValues, attend, plan_groups
+from moemerge.models.attention import KeyValues, attend
 from moemerge.models.batch import Batch
 from moemerge.models.config import DecoderConfig
 from moemerge.models.experts import Experts
+from moemerge.models.groups import Group, plan_groups
 from moemerge.models.positions import RotaryTables, rotary_tables, rotate
 from moemerge.models.routing import TOKEN_ROUTINGS, RouteObserver
 from moemerge.models.weights import Weights
@@ -71,15 +72,14 @@ class Decoder:
         groups: list[Group],
         keys: KeyValues | None,
     ) -> Tensor:
-        head_size = self.config.head_size
+        config = self.config
         role = f"decoder.{layer_index}.attention"
-        normed_TD = weights.norm(f"{role}_norm", hidden_TD, self.config.norm_eps)
-        query, key, value = (
-            weights.linear(f"{role}.{part}", normed_TD).view(len(normed_TD), -1, head_size)
-            for part in ("query", "key", "value")
-        )
+        normed_TD = weights.norm(f"{role}_norm", hidden_TD, config.norm_eps)
+        query = weights.linear(f"{role}.query", normed_TD).view(-1, config.num_heads, config.head_size)
+        key = weights.linear(f"{role}.key", normed_TD).view(-1, config.num_kv_heads, config.head_size)
+        value = weights.linear(f"{role}.value", normed_TD).view(-1, config.num_kv_heads, config.head_size)
         query, key = rotate(query, tables), rotate(key, tables)
-        mixed_TD = attend(groups, layer_index, query, key, value, keys, scale=head_size**-0.5)
+        mixed_TD = attend(groups, layer_index, query, key, value, keys, config.head_size**-0.5)
         return weights.linear(f"{role}.output", mixed_TD)
 
     def _experts(self, layer_index: int, hidden_TD: Tensor, weights: Weights, experts: Experts) -> Tensor:

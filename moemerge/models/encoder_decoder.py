@@ -13,18 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moemerge.models.attention import (
-    Bias,
-    Group,
-    KeyValues,
-    attend,
-    plan_cross_groups,
-    plan_groups,
-    plan_two_way_groups,
-)
+from moemerge.models.attention import KeyValues, attend
 from moemerge.models.batch import Batch, Span
 from moemerge.models.config import EncoderDecoderConfig
 from moemerge.models.experts import ACTIVATIONS, Experts
+from moemerge.models.groups import Bias, Group, plan_cross_groups, plan_groups, plan_two_way_groups
 from moemerge.models.positions import relative_buckets
 from moemerge.models.routing import RouteObserver, drop_over_capacity, switch_top1
 from moemerge.models.weights import Weights
@@ -142,7 +135,7 @@ class EncoderDecoder:
         )
 
     def _heads(self, role: str, hidden_TD: Tensor, weights: Weights) -> Tensor:
-        return weights.linear(role, hidden_TD).view(len(hidden_TD), -1, self.config.head_size)
+        return weights.linear(role, hidden_TD).view(-1, self.config.num_heads, self.config.head_size)
 
     def _feed_forward(
         self,

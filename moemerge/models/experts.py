@@ -138,10 +138,13 @@ def expert_product(hidden_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, layer: 
     Returns:
         [T, D] in the dtype of `hidden_TD`; zero for a token whose gates are all zero.
     """
-    if len(hidden_TD) == 1 and gates_TK.shape[1] == len(set(rows_TK[0].tolist())):
-        return _product_of_one(hidden_TD, rows_TK, gates_TK, layer)
+    num_tokens = hidden_TD.shape[0]
+    if num_tokens == 1:
+        rows = rows_TK[0].tolist()
+        if len(set(rows)) == len(rows):
+            return _product_of_one(hidden_TD, rows, gates_TK, layer)
     num_rows = int(rows_TK.max()) + 1
-    gates_PT = gates_TK.new_zeros(num_rows, len(hidden_TD)).scatter_add_(0, rows_TK.T, gates_TK.T)
+    gates_PT = gates_TK.new_zeros(num_rows, num_tokens).scatter_add_(0, rows_TK.T, gates_TK.T)
     row_C, token_C = gates_PT.nonzero(as_tuple=True)
     counts = row_C.bincount(minlength=num_rows).tolist()
     gate_C1 = gates_PT[row_C, token_C].unsqueeze(1)
@@ -154,11 +157,11 @@ def expert_product(hidden_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, layer: 
     return output_TD.to(hidden_TD.dtype)
 
 
-def _product_of_one(hidden_1D: Tensor, rows_1K: Tensor, gates_1K: Tensor, layer: PoolLayer) -> Tensor:
-    """The product for one token whose choices are different pool experts."""
+def _product_of_one(hidden_1D: Tensor, rows: list[int], gates_1K: Tensor, layer: PoolLayer) -> Tensor:
+    """The product for one token whose choices are different pool experts: sorting it only costs."""
     output_1D = torch.zeros_like(hidden_1D, dtype=torch.float32)
     gates = gates_1K[0].tolist()
-    for row, choice in sorted((row, choice) for choice, row in enumerate(rows_1K[0].tolist())):
+    for row, choice in sorted((row, choice) for choice, row in enumerate(rows)):
         if gates[choice] != 0.0:
             output_1D += layer.output(row, hidden_1D) * gates_1K[:, choice : choice + 1]
     return output_1D.to(hidden_1D.dtype)

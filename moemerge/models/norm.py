@@ -1,7 +1,7 @@
 """Root mean square norm, the only norm of the models here. Knows nothing of layers."""
 
-import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def rms_norm(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -15,6 +15,4 @@ def rms_norm(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def unit_mean_square(hidden: Tensor, eps: float) -> Tensor:
     """Scale the last axis to unit mean square in float32, and cast back."""
-    wide = hidden.float()
-    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return wide.to(hidden.dtype)
+    return functional.rms_norm(hidden, hidden.shape[-1:], eps=eps)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and sines, [T, 1, h], both halves of a head alike."""
+    """Cosines and sines, [T, 1, h]; the sines of the first half of a head are negative."""
 
     cosine: Tensor
     sine: Tensor
@@ -23,14 +23,13 @@ def rotary_tables(positions_T: Tensor, head_size: int, theta: float, dtype: torc
     """Tables for inverse frequencies `theta^(-2i/h)`, computed in float32 and cast once."""
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions_T.device) / head_size
     angles = positions_T.float()[:, None, None] * (1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype))
+    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
+    return RotaryTables(torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1))
 
 
 def rotate(heads_THh: Tensor, tables: RotaryTables) -> Tensor:
     """Rotary embedding in the half-split form: entry i of a head is paired with entry i + h/2."""
-    first, second = heads_THh.chunk(2, dim=-1)
-    swapped = torch.cat((-second, first), dim=-1)
+    swapped = heads_THh.roll(heads_THh.shape[-1] // 2, dims=-1)
     return heads_THh * tables.cosine + swapped * tables.sine
 
 
