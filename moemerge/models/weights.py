@@ -118,3 +118,11 @@ class MixedVariants:
                 count += runs.pop()[0]
             runs.append((count, tensor))
         return runs
+
+
+_MULTIPLIED = ("query", "key", "value", "output", "wi", "wo", "gate", "up", "down")
+
+
+def is_only_multiplied(role: str) -> bool:
+    """Whether `Weights.linear` is all that a model does with a tensor, in the dtype of the tokens."""
+    return role == "head" or role.rpartition(".")[2] in _MULTIPLIED

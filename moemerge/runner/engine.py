@@ -21,6 +21,7 @@ from moemerge.runner.forward import Forward, cache_geometry, model_of
 from moemerge.runner.metrics import Snapshot, StepFigures, VariantFigures, VariantState
 from moemerge.runner.options import (
     EngineOptions,
+    ResidentLimit,
     choose_device,
     choose_dtype,
     parse_resident,
@@ -86,7 +87,9 @@ class Engine:
         for name in (*names, *options.pinned, *options.weights):
             bundle.variant(name)
         self._resident_limit = parse_resident(options.resident)
-        self._store = WeightStore(bundle, names, self.dtype, self.device)
+        # Packing pays for tensors that stay, not for those that make room for others.
+        stays = options.pack and self._resident_limit == ResidentLimit()
+        self._store = WeightStore(bundle, names, self.dtype, self.device, is_packed=stays)
         self._check_residency(names)
 
         geometry = cache_geometry(model_of(bundle, names[0]), options.block_tokens)

@@ -58,6 +58,7 @@ class Residents:
             raise
         if swap is None:
             return None
+        self.store.finish(transfer)
         self.residency.loaded(swap.variant, now_s)
         self._forward.install(swap.variant, self.store.weights(swap.variant))
         self._on_swap(swap)

@@ -2,21 +2,24 @@
 
 Tensors that the bundle stores once for several variants are one tensor here too and never moved for
 the second of them. Memory of a variant that is set aside is kept for the next of the same shapes, since
-fresh memory costs several times the copy (page faults).
+fresh memory costs several times the copy (page faults). Where nothing will ever be set aside, matrices may
+take the packed layout instead, which costs more to fill and less to multiply with.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moemerge.bundle.reader import Bundle
 from moemerge.checkpoint.headers import StoredTensor
-from moemerge.checkpoint.tensors import map_tensors
+from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors
 from moemerge.errors import DamagedBundle
+from moemerge.models.products import can_pack, pack
+from moemerge.models.weights import is_only_multiplied
 
 Placement = Mapping[str, StoredTensor]
 """A variant's tensors by role, as places in the bundle's files."""
@@ -41,22 +44,29 @@ class Swap:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Copies to be made for a variant: source in the mapped bundle, target in device memory."""
+    """Copies to be made for a variant: source in the mapped bundle, target in device memory.
+
+    What is in `packs` gets memory of its own when it is packed.
+    """
 
     variant: str
     copies: tuple[tuple[StoredTensor, Tensor, Tensor], ...]
+    packs: tuple[tuple[StoredTensor, Tensor], ...]
     kept_bytes: int
+    packed: dict[StoredTensor, Tensor] = field(default_factory=dict)
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes to be copied, in the bundle's dtype."""
-        return sum(source.nbytes for _, source, _ in self.copies)
+        """Bytes to be read, in the bundle's dtype."""
+        return sum(place.nbytes for place, *_ in (*self.copies, *self.packs))
 
     def carry_out(self) -> Swap:
         """Copy everything, in the order of the layers; may run on another thread."""
         begin = time.perf_counter()
         for _, source, target in self.copies:
             _copy(source, target)
+        for place, source in self.packs:
+            self.packed[place] = pack(source)
         return Swap(
             variant=self.variant,
             moved_bytes=self.moved_bytes,
@@ -69,8 +79,15 @@ class WeightStore:
     """Non-expert tensors of the resident variants, and where those of the others are."""
 
     def __init__(
-        self, bundle: Bundle, variants: Collection[str], dtype: torch.dtype, device: torch.device
+        self,
+        bundle: Bundle,
+        variants: Collection[str],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        is_packed: bool = False,
     ) -> None:
+        self.is_packed = is_packed and can_pack(dtype, device)
         self.dtype = dtype
         self.device = device
         self._bundle = bundle
@@ -116,17 +133,25 @@ class WeightStore:
 
     def prepare(self, variant: str) -> Transfer:
         """Memory for a variant and the copies that fill it; nobody may use it before they are made."""
-        places = list(dict.fromkeys(self._placements[variant].values()))
+        placement = self._placements[variant]
+        places = list(dict.fromkeys(placement.values()))
         missing = [place for place in places if place not in self._held]
+        packs = self._to_be_packed(placement).intersection(missing)
         for place in missing:
-            self._held[place] = self._take(torch.Size(place.shape))
+            if place not in packs:
+                self._held[place] = self._take(torch.Size(place.shape))
         for place in places:
             self._users[place].add(variant)
         return Transfer(
             variant,
-            tuple((place, self._source(place), self._held[place]) for place in missing),
+            tuple((place, self._source(place), self._held[place]) for place in missing if place not in packs),
+            tuple((place, self._source(place)) for place in missing if place in packs),
             sum(place.nbytes for place in places) - sum(place.nbytes for place in missing),
         )
+
+    def finish(self, transfer: Transfer) -> None:
+        """The copies are made; the variant may be used."""
+        self._held.update(transfer.packed)
 
     def release(self, variant: str) -> None:
         """Set a variant aside; memory that nobody else uses is kept for the next one."""
@@ -134,8 +159,9 @@ class WeightStore:
             self._users[place].discard(variant)
             if not self._users[place]:
                 del self._users[place]
-                tensor = self._held.pop(place)
-                self._spare[tensor.shape].append(tensor)
+                tensor = self._held.pop(place, None)
+                if tensor is not None and tensor.layout == torch.strided:
+                    self._spare[tensor.shape].append(tensor)
 
     def verify_integrity(self, residents: Collection[str]) -> None:
         """Prove that what is held is what the residents need, with the bundle's values.
@@ -147,8 +173,16 @@ class WeightStore:
         if expected != self._held.keys():
             raise DamagedBundle(f"tensors in memory are not those of {', '.join(sorted(residents))}")
         for place, tensor in self._held.items():
-            if not torch.equal(self._source(place).to(self.dtype), tensor.cpu()):
+            held = tensor.cpu() if tensor.layout == torch.strided else tensor.to_dense()
+            if not torch.equal(self._source(place).to(self.dtype), held):
                 raise DamagedBundle(f"{place.path}: {place.name} differs from what is in memory")
+
+    def _to_be_packed(self, placement: Placement) -> set[StoredTensor]:
+        """Matrices stored in the dtype of the engine that are used for nothing but products."""
+        if not self.is_packed:
+            return set()
+        others = {place for role, place in placement.items() if not is_only_multiplied(role)}
+        return {place for place in placement.values() if TORCH_DTYPES[place.dtype] == self.dtype} - others
 
     def _take(self, shape: torch.Size) -> Tensor:
         spare = self._spare[shape]
