@@ -1,0 +1,5 @@
+"""Text in, text out, over an engine: tokenizers, chat templates, stop strings, answers, request files.
+
+For other rooms: `variants.VariantText` and `variants.BundleText`, `streaming.StreamingText`,
+`answers.answer`, `request_files.run_request_file`. Knows nothing of HTTP.
+"""

@@ -1,0 +1,138 @@
+"""What a variant needs to read and write text: tokenizer, chat template, limits, recommended settings."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from moemerge.bundle.reader import Bundle
+from moemerge.checkpoint.tokenizer import VariantTokenizer, load_json, load_tokenizer
+from moemerge.errors import InvalidRecipe
+from moemerge.runner.sampling import Sampling
+from moemerge.text.templates import ChatTemplate, Message, load_chat_template, require_chat_template
+
+_RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class VariantText:
+    """The text side of one variant; files are read when they are first needed.
+
+    Attributes:
+        name: The variant.
+        where: How messages name it.
+    """
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        """Look a variant up.
+
+        Raises:
+            NotFound: The bundle has no such variant.
+        """
+        self.name = name
+        self.where = f"{bundle.folder}, variant {name}"
+        self._settings = bundle.variant(name).settings
+        self._find = lambda file: bundle.side_file(name, file)
+        self.is_encoder_decoder = bundle.family.arithmetic == "encoder_decoder"
+
+    @cached_property
+    def tokenizer(self) -> VariantTokenizer:
+        """Its tokenizer.
+
+        Raises:
+            NotFound, DamagedInput: It has none, or a damaged one.
+        """
+        return load_tokenizer(self._find, self.where)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """Its chat template, if it has one.
+
+        Raises:
+            DamagedInput: It is not one.
+        """
+        return load_chat_template(self._find, self.where)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end its answers: those of its configuration, and its tokenizer's end of text."""
+        token = load_json(self._find, "tokenizer_config.json").get("eos_token")
+        name = token.get("content") if isinstance(token, dict) else token
+        token_id = self.tokenizer.id_of(name) if isinstance(name, str) else None
+        return self.tokenizer.stop_token_ids | (frozenset() if token_id is None else {token_id})
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Most tokens of prompt and answer together; None where positions have no end."""
+        value = self._settings.get("max_positions")
+        return None if value is None else int(value)
+
+    def room(self, num_prompt_tokens: int) -> int | None:
+        """Tokens that the context leaves for an answer; None where it has no end."""
+        context = None if self.is_encoder_decoder else self.context_tokens
+        return None if context is None else max(0, context - num_prompt_tokens)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """A prompt's token ids.
+
+        Raises:
+            InvalidRecipe: The text is not valid Unicode.
+        """
+        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self.tokenizer.decode(token_ids)
+
+    def render_chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """A conversation as the variant was tuned on it, up to where its answer begins.
+
+        Args:
+            messages: See `ChatTemplate.render`, also for `options`.
+
+        Raises:
+            NotFound: It has no chat template.
+            InvalidRecipe: The template refuses the messages.
+        """
+        return require_chat_template(self.chat_template, self.where).render(messages, **options)
+
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
+        """The token ids of `render_chat`; templates write special tokens themselves."""
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+
+    def context_of_answer(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+        """The tokens that the text of an answer follows on: an encoder-decoder's answer stands alone."""
+        return () if self.is_encoder_decoder else prompt_ids
+
+    def recommended(self) -> Sampling:
+        """Sampling as the variant's `generation_config.json` recommends it; greedy when it does not.
+
+        Raises:
+            InvalidRecipe: Its values cannot be.
+        """
+        config = load_json(self._find, "generation_config.json")
+        if config.get("do_sample") is not True:
+            return Sampling()
+        given: Mapping[str, Any] = {
+            name: config[name] for name in _RECOMMENDED if config.get(name) is not None
+        }
+        try:
+            return Sampling(**{"temperature": 1.0, **given})
+        except InvalidRecipe as error:
+            raise InvalidRecipe(f"{self.where}: generation_config.json: {error}") from error
+
+
+class BundleText:
+    """The text side of a bundle's variants, each looked up once. For one thread at a time."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._variants: dict[str, VariantText] = {}
+
+    def of(self, name: str) -> VariantText:
+        """A variant's.
+
+        Raises:
+            NotFound: The bundle has no such variant.
+        """
+        if name not in self._variants:
+            self._variants[name] = VariantText(self.bundle, name)
+        return self._variants[name]
