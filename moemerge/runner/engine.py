@@ -7,17 +7,17 @@ non-expert tensors are each variant's own. An engine belongs to one thread; `Eng
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from moemerge.bundle.reader import Bundle
-from moemerge.errors import InvalidRecipe, NotFound, UnsupportedCheckpoint
+from moemerge.errors import InvalidRecipe, UnsupportedCheckpoint
 from moemerge.models import Decoder
 from moemerge.runner.answers import Answers
-from moemerge.runner.blocks import BlockPool, BlockTable, Owner
+from moemerge.runner.blocks import BlockPool
 from moemerge.runner.cache import BlockCache
 from moemerge.runner.forward import Forward, cache_geometry, model_of
+from moemerge.runner.intake import Intake, VariantLimits, max_positions
 from moemerge.runner.metrics import Snapshot, StepFigures, VariantFigures, VariantState
 from moemerge.runner.options import (
     EngineOptions,
@@ -31,41 +31,12 @@ from moemerge.runner.pool import load_pool
 from moemerge.runner.request import FinishReason, Output, Request
 from moemerge.runner.residency import Residency
 from moemerge.runner.residents import Residents
-from moemerge.runner.sampling import Sampler, Sampling
+from moemerge.runner.sampling import Sampling
 from moemerge.runner.scheduler import Scheduler, Work
-from moemerge.runner.sequence import Sequence
 from moemerge.runner.weights import Swap, WeightStore
 
 _LOADING_WAIT_S = 0.05
 _IDLE_WAIT_S = 0.001
-
-
-@dataclass(frozen=True, slots=True)
-class VariantLimits:
-    """What a request to a variant may hold.
-
-    Attributes:
-        vocab_size: Token ids are below it.
-        context_tokens: Prompt and answer together; of an encoder-decoder each of the two.
-    """
-
-    vocab_size: int
-    context_tokens: int
-
-
-def check_request(request: Request, limits: VariantLimits) -> None:
-    """What of a request depends on its variant.
-
-    Raises:
-        InvalidRecipe: Token ids beyond the vocabulary, or a prompt that leaves no room for an answer.
-    """
-    if max(request.prompt_ids) >= limits.vocab_size:
-        raise InvalidRecipe(f"the prompt has token ids outside 0 to {limits.vocab_size - 1}")
-    if len(request.prompt_ids) >= limits.context_tokens:
-        raise InvalidRecipe(
-            f"the prompt has {len(request.prompt_ids)} tokens, which leave no room for an answer in a "
-            f"context of {limits.context_tokens}"
-        )
 
 
 class Engine:
@@ -90,10 +61,10 @@ class Engine:
         # Packing pays for tensors that stay, not for those that make room for others.
         stays = options.pack and self._resident_limit == ResidentLimit()
         self._store = WeightStore(bundle, names, self.dtype, self.device, is_packed=stays)
-        self._check_residency(names)
+        self._check_residency(names, set(options.pinned))
 
         geometry = cache_geometry(model_of(bundle, names[0]), options.block_tokens)
-        longest = max((c for c in (_max_positions(bundle, n) for n in names) if c), default=None)
+        longest = max((c for c in (max_positions(bundle, n) for n in names) if c), default=None)
         memory = plan_memory(
             options, bundle, self._store, geometry,
             resident=self._resident_limit, variants=names, context_tokens=longest,
@@ -117,11 +88,10 @@ class Engine:
         )
         self._answers = Answers(self.scheduler)
         self._steps = StepFigures()
-        self._limits: dict[str, VariantLimits] = {}
-        self._revisions: dict[str, int] = {}
-        self._numbers = itertools.count()
+        self._intake = Intake(bundle, self._blocks)
+        self._num_generated = itertools.count()
         for name in names:
-            self._enable(name)
+            self._open(name)
         for name in options.pinned:
             self.ensure_resident(name)
 
@@ -134,36 +104,10 @@ class Engine:
             NotFound: The variant is not served.
             InvalidRecipe: Its id is in use, or as `check_request`, or its log-probabilities cannot be had.
         """
-        limits = self.limits_of(request.variant)
-        check_request(request, limits)
         if request.request_id in self._answers.sequences:
             raise InvalidRecipe(f"request id {request.request_id!r} is in use")
-        is_decoder = isinstance(self._forward.model(request.variant), Decoder)
-        if request.num_prompt_logprobs is not None and not is_decoder:
-            raise InvalidRecipe("log-probabilities of the prompt are for decoder-only models")
-        now_s = time.perf_counter()
-        owner = Owner(str(self.bundle.folder), request.variant, self._revisions[request.variant])
-        start = _setting(self.bundle, request.variant, "start_token_id") if not is_decoder else None
-        sequence = Sequence(
-            number=next(self._numbers),
-            request=request,
-            arrival_s=now_s if request.arrival_s is None else request.arrival_s,
-            source_ids=() if start is None else request.prompt_ids,
-            tokens=list(request.prompt_ids) if start is None else [start],
-            num_prompt=len(request.prompt_ids) if start is None else 1,
-            room=min(request.max_tokens, self._room(request, limits, is_decoder=is_decoder)),
-            table=BlockTable(owner),
-            cross_table=BlockTable(owner),
-            sampler=Sampler(
-                request.sampling,
-                request.prompt_ids,
-                stop_ids=frozenset() if request.ignore_stop else request.stop_ids,
-                min_tokens=request.min_tokens,
-            ),
-            queued_s=now_s,
-            is_encoded=is_decoder,
-        )
-        self._residents.residency.requested(request.variant, now_s)
+        sequence = self._intake.begin(request)
+        self._residents.residency.requested(request.variant, sequence.queued_s)
         self._answers.begin(sequence)
 
     def cancel(self, request_id: str) -> None:
@@ -228,7 +172,7 @@ class Engine:
             NotFound, InvalidRecipe: As `submit`.
         """
         request = Request(
-            request_id=f"generate-{next(self._numbers)}",
+            request_id=f"generate-{next(self._num_generated)}",
             variant=variant,
             prompt_ids=tuple(prompt_ids),
             max_tokens=max_tokens,
@@ -260,7 +204,7 @@ class Engine:
     @property
     def variants(self) -> Mapping[str, VariantLimits]:
         """Variants that are served, and what requests to them may hold."""
-        return dict(self._limits)
+        return dict(self._intake.limits)
 
     def limits_of(self, variant: str) -> VariantLimits:
         """What a request to a variant may hold.
@@ -268,9 +212,7 @@ class Engine:
         Raises:
             NotFound: The variant is not served.
         """
-        if variant not in self._limits:
-            raise NotFound(f"no variant {variant!r} is served; there are {', '.join(self._limits)}")
-        return self._limits[variant]
+        return self._intake.limits_of(variant)
 
     def add_variant(self, variant: str) -> None:
         """Serve a variant of the bundle that was not served so far.
@@ -280,15 +222,15 @@ class Engine:
             InvalidRecipe: It is served already, or does not fit beside the pinned ones.
         """
         self.bundle.variant(variant)
-        if variant in self._limits:
+        if variant in self._intake.limits:
             raise InvalidRecipe(f"variant {variant} is served already")
         self._store.add(variant)
         try:
-            self._check_residency([variant])
+            self._check_residency([variant], self._residents.residency.pinned)
         except InvalidRecipe:
             self._store.forget(variant)
             raise
-        self._enable(variant)
+        self._open(variant)
 
     def remove_variant(self, variant: str) -> None:
         """Serve a variant no more: its requests end with an error, its memory is free.
@@ -300,7 +242,7 @@ class Engine:
         for sequence in [s for s in self._answers.sequences.values() if s.variant == variant]:
             self._answers.end(sequence, FinishReason.ERROR, error=f"variant {variant} was removed")
         self._residents.remove(variant, time.perf_counter())
-        del self._limits[variant]
+        self._intake.close(variant)
 
     def ensure_resident(self, variant: str) -> Swap:
         """Make a variant resident now, at the cost of idle ones, and say what that took.
@@ -324,7 +266,7 @@ class Engine:
             return
         pinned.add(variant)
         try:
-            self._check_residency(self._limits)
+            self._check_residency(self._intake.limits, pinned)
             self.ensure_resident(variant)
         except InvalidRecipe:
             pinned.discard(variant)
@@ -354,7 +296,7 @@ class Engine:
                     waiting=self.scheduler.waiting(name),
                     running=running.count(name),
                 )
-                for name in self._limits
+                for name in self._intake.limits
             },
             steps=StepFigures(self._steps.steps, self._steps.mixed, self._steps.tokens, self._steps.seconds),
             blocks_used=self._blocks.num_used,
@@ -390,35 +332,19 @@ class Engine:
 
     # Within
 
-    def _enable(self, variant: str) -> None:
+    def _open(self, variant: str) -> None:
         self._forward.model(variant)
-        cached = self._blocks.num_blocks * self._blocks.block_tokens
-        context = _max_positions(self.bundle, variant)
-        self._limits[variant] = VariantLimits(
-            _setting(self.bundle, variant, "vocab_size"), cached if context is None else min(context, cached)
-        )
         self._answers.figures.setdefault(variant, VariantFigures())
-        self._revisions[variant] = self._revisions.get(variant, -1) + 1
+        self._intake.open(variant)
 
-    def _check_residency(self, variants: Iterable[str]) -> None:
+    def _check_residency(self, variants: Iterable[str], pinned: set[str]) -> None:
         """Every variant finds room beside the pinned ones."""
-        pinned = self._residents.residency.pinned if hasattr(self, "_residents") else set(self.options.pinned)
         for name in variants:
             if not self._resident_limit.fits({*pinned, name}, self._store):
-                beside = f" beside {', '.join(sorted(pinned - {name}))}, pinned" if pinned - {name} else ""
+                others = f" beside {', '.join(sorted(pinned - {name}))}, pinned" if pinned - {name} else ""
                 raise InvalidRecipe(
-                    f"resident is {self.options.resident}, which leaves no room for variant {name}{beside}"
+                    f"resident is {self.options.resident}, which leaves no room for variant {name}{others}"
                 )
-
-    def _room(self, request: Request, limits: VariantLimits, *, is_decoder: bool) -> int:
-        """Tokens that context and cache leave for the answer."""
-        if is_decoder:
-            return limits.context_tokens - len(request.prompt_ids)
-        source_blocks = self._blocks.blocks_for(len(request.prompt_ids))
-        room = (self._blocks.num_blocks - source_blocks) * self._blocks.block_tokens - 1
-        if room < 1:
-            raise InvalidRecipe(f"the prompt has {len(request.prompt_ids)} tokens, which fill the cache")
-        return room
 
     def _move_variants(self, now_s: float) -> None:
         emptied = self._residents.advance(self.scheduler.demand(), now_s)
@@ -445,12 +371,3 @@ class Engine:
         steps.mixed += len({item.sequence.variant for item in work}) > 1
         steps.tokens += sum(item.num_tokens for item in work)
         steps.seconds += seconds
-
-
-def _max_positions(bundle: Bundle, variant: str) -> int | None:
-    value = bundle.variant(variant).settings.get("max_positions")
-    return None if value is None else int(value)
-
-
-def _setting(bundle: Bundle, variant: str, name: str) -> int:
-    return int(bundle.variant(variant).settings[name] or 0)

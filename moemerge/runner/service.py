@@ -15,7 +15,8 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from moemerge.errors import InvalidRecipe, MoemergeError, NotFound, Overloaded, Stopping
-from moemerge.runner.engine import Engine, VariantLimits, check_request
+from moemerge.runner.engine import Engine
+from moemerge.runner.intake import VariantLimits, check_request
 from moemerge.runner.metrics import Snapshot
 from moemerge.runner.request import FinishReason, Output, Request
 
