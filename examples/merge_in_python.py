@@ -29,17 +29,29 @@ def main(out: Path) -> None:
         errors = [error for layer in entry.errors.values() for error in layer]
         print(f"{name}: {sum(error == 0 for error in errors)} of {len(errors)} experts kept exactly")
 
-    engine = moemerge.Engine(bundle)
-    for name, prompt in PROMPTS.items():
-        swap = engine.switch(name)
-        tokenizer = moemerge.load_tokenizer(lambda file, name=name: bundle.side_file(name, file), name)
-        tokens = engine.generate(
-            tokenizer.encode(prompt),
+    # All three variants answer in one batch: they share every expert product.
+    tokenizers = {
+        name: moemerge.load_tokenizer(lambda file, name=name: bundle.side_file(name, file), name)
+        for name in PROMPTS
+    }
+    requests = [
+        moemerge.Request(
+            request_id=name,
+            variant=name,
+            prompt_ids=tuple(tokenizers[name].encode(prompt)),
             max_tokens=24,
-            sampling=moemerge.Sampling(),
-            stop_ids=tokenizer.stop_token_ids,
+            stop_ids=tokenizers[name].stop_token_ids,
         )
-        print(f"\n{name} ({swap.moved_bytes} bytes moved)\n{prompt}{tokenizer.decode(list(tokens))}")
+        for name, prompt in PROMPTS.items()
+    ]
+    engine = moemerge.Engine(bundle)
+    answers: dict[str, list[int]] = {name: [] for name in PROMPTS}
+    for output in engine.run(requests):
+        answers[output.request_id] += output.token_ids
+    for name, token_ids in answers.items():
+        print(f"\n{name}\n{PROMPTS[name]}{tokenizers[name].decode(token_ids)}")
+    steps = engine.snapshot().steps
+    print(f"\n{steps.tokens} tokens in {steps.steps} steps, {steps.mixed} of them with several variants")
 
     files = moemerge.export_variant(bundle, "sums", out / "sums")
     print(f"\nexported: {', '.join(path.name for path in files)}")

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from moemerge.consolidation.similarity_files import write_similarity
     from moemerge.errors import Finding, MoemergeError
     from moemerge.refs import parse_source
-    from moemerge.runner.engine import Engine, Swap
+    from moemerge.runner.engine import Engine
+    from moemerge.runner.options import EngineOptions
+    from moemerge.runner.request import Output, Request
     from moemerge.runner.sampling import Sampling
+    from moemerge.runner.service import EngineService
+    from moemerge.runner.weights import Swap
 
 __version__ = "0.1.0"
 
@@ -30,12 +34,16 @@ _HOMES = {
     "Bundle": "bundle.reader",
     "ConsolidationPlan": "consolidation.plan",
     "Engine": "runner.engine",
+    "EngineOptions": "runner.options",
+    "EngineService": "runner.service",
     "Finding": "errors",
     "Merged": "consolidation.pipeline",
     "MoemergeError": "errors",
+    "Output": "runner.request",
     "PlanOptions": "consolidation.planning",
+    "Request": "runner.request",
     "Sampling": "runner.sampling",
-    "Swap": "runner.engine",
+    "Swap": "runner.weights",
     "VariantSet": "checkpoint.variants",
     "export_variant": "bundle.export",
     "load_tokenizer": "checkpoint.tokenizer",
@@ -55,10 +63,14 @@ __all__ = [
     "Bundle",
     "ConsolidationPlan",
     "Engine",
+    "EngineOptions",
+    "EngineService",
     "Finding",
     "Merged",
     "MoemergeError",
+    "Output",
     "PlanOptions",
+    "Request",
     "Sampling",
     "Swap",
     "VariantSet",

@@ -254,6 +254,13 @@ class Engine:
         self.limits_of(variant)
         return self._residents.ensure(variant, time.perf_counter())
 
+    def preload(self) -> None:
+        """Make variants resident, in their order in the bundle, as long as all of them fit."""
+        for name in self._intake.limits:
+            residents = self._residents.residency.residents
+            if name not in residents and self._resident_limit.fits([*residents, name], self._store):
+                self.ensure_resident(name)
+
     def pin(self, variant: str) -> None:
         """Make a variant resident and keep it.
 
