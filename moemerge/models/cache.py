@@ -22,16 +22,11 @@ KeysAndValues = tuple[Tensor, Tensor]
 class GrowingCache:
     """Keys and values of any number of sequences; `of` makes them the `KeyValues` of a batch."""
 
-    _stored: dict[tuple[Hashable, int], KeysAndValues] = field(default_factory=dict)
+    stored: dict[tuple[Hashable, int], KeysAndValues] = field(default_factory=dict)
 
     def of(self, spans: Sequence[Span], sequences: Sequence[Hashable] | None = None) -> "GrowingKeys":
         """For a batch with these spans, each of the sequence so named; by default their numbers."""
-        return GrowingKeys(self._stored, spans, range(len(spans)) if sequences is None else sequences)
-
-    def drop(self, sequence: Hashable) -> None:
-        """Forget a sequence."""
-        for key in [key for key in self._stored if key[0] == sequence]:
-            del self._stored[key]
+        return GrowingKeys(self.stored, spans, range(len(spans)) if sequences is None else sequences)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,10 +36,6 @@ class Weights(Protocol):
         """Rows of the table of each token's variant; ids [T, ...] give [T, ..., D]."""
         ...
 
-    def narrow(self, start: int, length: int) -> "Weights":
-        """The weights of so many consecutive tokens of the batch."""
-        ...
-
 
 class OneVariant:
     """`Weights` of a batch of one variant, over its tensors by role; matrices may be packed."""
@@ -61,10 +57,6 @@ class OneVariant:
     def embed(self, role: str, ids: Tensor) -> Tensor:
         """See `Weights.embed`."""
         return functional.embedding(ids, self.tensors[role])
-
-    def narrow(self, start: int, length: int) -> "OneVariant":
-        """See `Weights.narrow`."""
-        return self
 
 
 class MixedVariants:
@@ -92,16 +84,6 @@ class MixedVariants:
     def embed(self, role: str, ids: Tensor) -> Tensor:
         """See `Weights.embed`."""
         return self._by_run(role, ids, functional.embedding)
-
-    def narrow(self, start: int, length: int) -> Weights:
-        """See `Weights.narrow`."""
-        parts, begin = [], 0
-        for count, tensors in self.parts:
-            overlap = min(begin + count, start + length) - max(begin, start)
-            if overlap > 0:
-                parts.append((overlap, tensors))
-            begin += count
-        return OneVariant(parts[0][1]) if len(parts) == 1 else MixedVariants(parts)
 
     def _by_run(self, role: str, tokens: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         runs = self._runs(role)

@@ -1,7 +1,9 @@
 """The encoder-decoder against transformers' Switch Transformers, on tiny random models.
 
-Shapes: B rows, S input tokens, T target tokens, D 32, E 4 slots.
+Shapes: B texts, S input tokens, T target tokens, D 32, E 4 slots.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +12,16 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersAttention
 
 from moemerge.models import (
+    Activation,
     EncoderDecoder,
     EncoderDecoderConfig,
-    PlainExpertLayer,
-    PlainExperts,
+    GrowingCache,
+    MappedExperts,
+    MixedVariants,
+    OneVariant,
+    PlainPoolLayer,
+    StandAlone,
+    build_batch,
     own_experts,
 )
 from moemerge.models.positions import relative_buckets
@@ -23,7 +31,7 @@ NUM_ENCODER_LAYERS, NUM_DECODER_LAYERS, NUM_SLOTS, PAD, START = 4, 2, 4, 0, 3
 FEED_FORWARD = {"encoder": 1, "decoder": 2}
 
 
-def build_reference(**changes) -> SwitchTransformersForConditionalGeneration:
+def build_reference(seed: int = 11, **changes) -> SwitchTransformersForConditionalGeneration:
     """A random Switch whose logits, norms and position bias are far from uniform."""
     settings = {
         "vocab_size": 50,
@@ -46,7 +54,7 @@ def build_reference(**changes) -> SwitchTransformersForConditionalGeneration:
         "tie_word_embeddings": True,
         "attn_implementation": "eager",
     }
-    torch.manual_seed(11)
+    torch.manual_seed(seed)
     model = SwitchTransformersForConditionalGeneration(
         SwitchTransformersConfig(**(settings | changes))
     ).eval()
@@ -128,8 +136,9 @@ def expert_parts_of(model) -> dict[int, dict[str, list[Tensor]]]:
     return parts
 
 
-def build_own(model, on_route=None) -> EncoderDecoder:
-    return EncoderDecoder(config_of(model), weights_of(model), own_experts(expert_parts_of(model)), on_route)
+def build_own(model, on_route=None) -> StandAlone:
+    experts = own_experts(expert_parts_of(model), Activation.RELU)
+    return StandAlone(EncoderDecoder(config_of(model), on_route), OneVariant(weights_of(model)), experts)
 
 
 @torch.no_grad()
@@ -142,17 +151,68 @@ def reference_logits(model, inputs_BS: Tensor, targets_BT: Tensor, mask_BS: Tens
 
 
 @torch.no_grad()
-def reference_hidden(model, inputs_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-    return model.encoder(input_ids=inputs_BS, attention_mask=mask_BS).last_hidden_state
+def reference_hidden(model, text: list[int]) -> Tensor:
+    return model.encoder(input_ids=torch.tensor([text])).last_hidden_state[0]
 
 
 def random_tokens(batch_size: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(2, 50, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
-def padded(tokens_BS: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    mask = torch.arange(tokens_BS.shape[1]) < torch.tensor(lengths).unsqueeze(1)
-    return tokens_BS.masked_fill(~mask, PAD), mask
+def random_texts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    return [random_tokens(1, length, seed + number)[0].tolist() for number, length in enumerate(lengths)]
+
+
+def padded(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, texts))
+    tokens = torch.tensor([text + [PAD] * (longest - len(text)) for text in texts])
+    return tokens, torch.tensor([[i < len(text) for i in range(longest)] for text in texts])
+
+
+class Running:
+    """Inputs encoded, and their targets decoded as far as asked for."""
+
+    def __init__(self, own: StandAlone, inputs: list[list[int]]):
+        self.own, self.inputs, self.past = own, inputs, [0] * len(inputs)
+        self.cache, self.cross = GrowingCache(), GrowingCache()
+        batch = build_batch(inputs)
+        self.hidden = own.model.encode(batch, own.weights, own.experts)
+        cross = self.cross.of(batch.spans)
+        for layer in range(NUM_DECODER_LAYERS):
+            cross.write(layer, *own.model.cross_keys_and_values(layer, self.hidden, own.weights))
+
+    def decode(
+        self, pieces: dict[int, list[int]], limit_capacity=False, granularity=1, is_kept=True
+    ) -> list[Tensor]:
+        """Logits [T, Vo] of the next tokens of each target."""
+        own, numbers = self.own, list(pieces)
+        batch = build_batch(list(pieces.values()), [self.past[n] for n in numbers])
+        keys = replace(self.cache.of(batch.spans, numbers), granularity=granularity)
+        cross = replace(self.cross.of(batch.spans, numbers), granularity=granularity)
+        lengths = [len(self.inputs[n]) for n in numbers]
+        hidden = own.model.decode(
+            batch, own.weights, own.experts, keys if is_kept else None, cross, lengths, limit_capacity
+        )
+        for number, piece in pieces.items():
+            self.past[number] += len(piece)
+        logits = own.model.logits(hidden, own.weights)
+        return list(torch.split(logits, [len(piece) for piece in pieces.values()]))
+
+
+def one_pass(own: StandAlone, inputs: list[list[int]], targets: list[list[int]]) -> list[Tensor]:
+    """Logits of whole targets; tokens over capacity are dropped, nothing is kept."""
+    return Running(own, inputs).decode(dict(enumerate(targets)), limit_capacity=True, is_kept=False)
+
+
+def stepwise(own: StandAlone, inputs: list[list[int]], targets: list[list[int]], **options) -> list[Tensor]:
+    """The same token by token, each target to its own end."""
+    running = Running(own, inputs)
+    found = [[] for _ in targets]
+    for place in range(max(map(len, targets))):
+        step = {n: [target[place]] for n, target in enumerate(targets) if place < len(target)}
+        for number, logits in zip(step, running.decode(step, **options), strict=True):
+            found[number].append(logits)
+    return [torch.cat(logits) for logits in found]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +221,7 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def own(reference) -> EncoderDecoder:
+def own(reference) -> StandAlone:
     return build_own(reference)
 
 
@@ -178,167 +238,148 @@ SHAPES = [
 @pytest.mark.parametrize("changes", SHAPES)
 def test_logits_equal_the_reference(changes):
     model = build_reference(**changes)
-    own, inputs, targets = build_own(model), random_tokens(2, 20), random_tokens(2, 18, seed=1)
-    logits = own.decode(targets, None, own.encode(inputs))
-    torch.testing.assert_close(logits, reference_logits(model, inputs, targets), **EXACT)
+    inputs, targets = random_tokens(2, 20), random_tokens(2, 18, seed=1)
+    logits = one_pass(build_own(model), inputs.tolist(), targets.tolist())
+    torch.testing.assert_close(torch.stack(logits), reference_logits(model, inputs, targets), **EXACT)
 
 
-def test_encoder_output_equals_the_reference(reference, own):
-    inputs = random_tokens(3, 30)
-    expected = reference_hidden(reference, inputs)
-    assert expected.std() > 0.5
-    torch.testing.assert_close(own.encode(inputs), expected, **EXACT)
+@pytest.mark.parametrize("lengths", [(30, 30, 30), (5, 14, 1, 14, 14)])
+def test_encoder_output_equals_the_reference(reference, own, lengths):
+    inputs = random_texts(*lengths)
+    for text, hidden in zip(inputs, torch.split(Running(own, inputs).hidden, lengths), strict=True):
+        torch.testing.assert_close(hidden, reference_hidden(reference, text), **EXACT)
 
 
-def test_padding_on_the_right_leaves_a_row_as_it_is_alone(reference, own):
-    lengths = [5, 14, 9]
-    inputs, mask = padded(random_tokens(3, 14), lengths)
-    targets = random_tokens(3, 6, seed=1)
-    hidden = own.encode(inputs, mask)
-    logits = own.decode(targets, None, hidden, mask)
-    torch.testing.assert_close(logits, reference_logits(reference, inputs, targets, mask), **EXACT)
-    for row, length in enumerate(lengths):
-        alone = own.encode(inputs[row : row + 1, :length])
-        torch.testing.assert_close(hidden[row : row + 1, :length], alone, **EXACT)
-        alone_logits = own.decode(targets[row : row + 1], None, alone)
-        torch.testing.assert_close(logits[row : row + 1], alone_logits, **EXACT)
+def test_a_ragged_batch_equals_the_reference_with_padding_on_the_right(reference, own):
+    inputs, targets = random_texts(5, 14, 9), random_tokens(3, 6, seed=1)
+    tokens, mask = padded(inputs)
+    logits = one_pass(own, inputs, targets.tolist())
+    expected = reference_logits(reference, tokens, targets, mask)
+    torch.testing.assert_close(torch.stack(logits), expected, **EXACT)
 
 
-def count_dropped(model, inputs: Tensor, mask: Tensor | None = None) -> int:
+def count_dropped(model, inputs: list[list[int]]) -> int:
     dropped = []
     own = build_own(model, on_route=lambda _layer, _hidden, route: dropped.append(route.gates_TK == 0))
-    own.encode(inputs, mask)
+    Running(own, inputs)
     return int(torch.cat(dropped).sum())
 
 
-def test_a_row_over_capacity_drops_what_the_reference_drops():
+def test_a_text_over_capacity_drops_what_the_reference_drops():
     model = build_reference(expert_capacity=2)
-    inputs = random_tokens(1, 16)
-    assert count_dropped(model, inputs) >= 16 - 2 * NUM_SLOTS
-    hidden = build_own(model).encode(inputs)
-    torch.testing.assert_close(hidden, reference_hidden(model, inputs), **EXACT)
-    unlimited = build_own(build_reference()).encode(inputs)
+    (text,) = random_texts(16)
+    assert count_dropped(model, [text]) >= 16 - 2 * NUM_SLOTS
+    hidden = Running(build_own(model), [text]).hidden
+    torch.testing.assert_close(hidden, reference_hidden(model, text), **EXACT)
+    unlimited = Running(build_own(build_reference()), [text]).hidden
     assert (hidden - unlimited).abs().max() > 0.1, "dropping made no difference"
 
 
-def test_capacity_is_counted_per_row_so_a_batch_equals_its_rows_alone():
+def test_capacity_is_counted_per_text_so_a_batch_equals_its_texts_alone():
     model = build_reference(expert_capacity=3)
-    own, inputs = build_own(model), random_tokens(2, 16)
+    own, inputs = build_own(model), random_texts(16, 11, 16)
     assert count_dropped(model, inputs) > 0
-    together = own.encode(inputs)
-    torch.testing.assert_close(together, reference_hidden(model, inputs), **EXACT)
-    alone = torch.cat([own.encode(inputs[row : row + 1]) for row in range(2)])
-    torch.testing.assert_close(together, alone, **EXACT)
+    together = torch.split(Running(own, inputs).hidden, [16, 11, 16])
+    for text, hidden in zip(inputs, together, strict=True):
+        torch.testing.assert_close(hidden, reference_hidden(model, text), **EXACT)
+        torch.testing.assert_close(hidden, Running(own, [text]).hidden, **EXACT)
 
 
-def test_padding_uses_capacity_as_in_the_reference():
-    """Padding on the left comes first and so takes room from real tokens; on the right it cannot."""
-    model = build_reference(expert_capacity=3)
-    own, real = build_own(model), random_tokens(1, 8)
-    pads, ones = torch.full((1, 8), PAD), torch.ones(1, 8, dtype=torch.bool)
-    alone = own.encode(real)
-    right = own.encode(torch.cat((real, pads), dim=1), torch.cat((ones, ~ones), dim=1))
-    torch.testing.assert_close(right[:, :8], alone, **EXACT)
-    inputs, mask = torch.cat((pads, real), dim=1), torch.cat((~ones, ones), dim=1)
-    left = own.encode(inputs, mask)
-    torch.testing.assert_close(left[:, 8:], reference_hidden(model, inputs, mask)[:, 8:], **EXACT)
-    assert (left[:, 8:] - alone).abs().max() > 0.1, "left padding made no difference"
-
-
-def test_teacher_forcing_over_capacity_equals_the_reference_and_differs_from_decoding():
+def test_one_pass_over_capacity_equals_the_reference_and_differs_from_decoding():
     model = build_reference(expert_capacity=2)
-    own, inputs, targets = build_own(model), random_tokens(1, 6), random_tokens(1, 16, seed=1)
-    hidden = own.encode(inputs)
-    forced = own.decode(targets, None, hidden)
-    torch.testing.assert_close(forced, reference_logits(model, inputs, targets), **EXACT)
-    stepwise = decode_stepwise(own, targets, hidden)
-    assert (stepwise - forced).abs().max() > 0.1
+    own, inputs, targets = build_own(model), random_texts(6, 4), random_texts(16, 16, seed=5)
+    forced = one_pass(own, inputs, targets)
+    for text, target, logits in zip(inputs, targets, forced, strict=True):
+        expected = reference_logits(model, torch.tensor([text]), torch.tensor([target]))[0]
+        torch.testing.assert_close(logits, expected, **EXACT)
+    incremental = stepwise(own, inputs, targets)
+    assert (incremental[0] - forced[0]).abs().max() > 0.1
+    (unlimited,) = Running(own, inputs[:1]).decode({0: targets[0]})
+    torch.testing.assert_close(unlimited, incremental[0], **EXACT)
 
 
-def decode_stepwise(own: EncoderDecoder, targets: Tensor, hidden: Tensor, mask=None) -> Tensor:
-    cache = own.new_cache(batch_size=len(targets))
-    steps = [
-        own.decode(targets[:, i : i + 1], cache, hidden, mask, last_only=True)
-        for i in range(targets.shape[1])
-    ]
-    assert cache.length == targets.shape[1]
-    return torch.cat(steps, dim=1)
+@pytest.mark.parametrize("granularity", [1, 16])
+def test_ragged_texts_decode_token_by_token_as_in_one_pass(reference, own, granularity):
+    inputs, targets = random_texts(9, 90, 1, 6), random_texts(20, 3, 20, 7, seed=5)
+    logits = stepwise(own, inputs, targets, granularity=granularity)
+    for text, target, found in zip(inputs, targets, logits, strict=True):
+        expected = reference_logits(reference, torch.tensor([text]), torch.tensor([target]))[0]
+        torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_decoding_token_by_token_equals_one_pass(reference, own):
-    inputs, mask = padded(random_tokens(2, 9), [9, 6])
-    targets = random_tokens(2, 20, seed=1)
-    stepwise = decode_stepwise(own, targets, own.encode(inputs, mask), mask)
-    torch.testing.assert_close(stepwise, reference_logits(reference, inputs, targets, mask), **EXACT)
-
-
-def test_decoding_in_pieces_equals_one_pass(reference, own):
+@pytest.mark.parametrize("granularity", [1, 16])
+def test_decoding_in_pieces_equals_one_pass(reference, own, granularity):
     inputs, targets = random_tokens(2, 9), random_tokens(2, 13, seed=1)
-    hidden, cache = own.encode(inputs), own.new_cache(batch_size=2)
-    pieces = [own.decode(piece, cache, hidden) for piece in targets.split([3, 1, 9], dim=1)]
-    torch.testing.assert_close(
-        torch.cat(pieces, dim=1), reference_logits(reference, inputs, targets), **EXACT
-    )
-
-
-def test_cross_attention_reads_the_encoder_output_once_per_cache(own):
-    targets, hidden = random_tokens(1, 4, seed=1), own.encode(random_tokens(1, 7))
-    cache = own.new_cache()
-    own.decode(targets[:, :2], cache, hidden)
-    assert len(cache.cross) == NUM_DECODER_LAYERS
-    first_keys = {layer: pair[0] for layer, pair in cache.cross.items()}
-    later = own.decode(targets[:, 2:], cache, torch.full_like(hidden, torch.nan))
-    torch.testing.assert_close(later, own.decode(targets, None, hidden)[:, 2:], **EXACT)
-    assert all(cache.cross[layer][0] is keys for layer, keys in first_keys.items())
+    running, steps = Running(own, inputs.tolist()), []
+    for begin, end in ((0, 3), (3, 4), (4, 13)):
+        pieces = dict(enumerate(targets[:, begin:end].tolist()))
+        steps.append(torch.stack(running.decode(pieces, granularity=granularity)))
+    expected = reference_logits(reference, inputs, targets)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, **EXACT)
 
 
 def test_greedy_tokens_equal_those_of_generate(reference, own):
-    inputs, mask = padded(random_tokens(2, 10, seed=4), [10, 7])
+    inputs = random_texts(10, 7, seed=2)
+    tokens, mask = padded(inputs)
     expected = reference.generate(
-        inputs, attention_mask=mask.long(), max_new_tokens=15, do_sample=False, eos_token_id=None
+        tokens, attention_mask=mask.long(), max_new_tokens=15, do_sample=False, eos_token_id=None
     )
-    hidden, cache = own.encode(inputs, mask), own.new_cache(batch_size=2)
-    new = torch.full((2, 1), own.config.start_token_id)
-    tokens = new
+    running, answers = Running(own, inputs), [[START], [START]]
     for _ in range(15):
-        new = own.decode(new, cache, hidden, mask, last_only=True).argmax(dim=-1)
-        tokens = torch.cat((tokens, new), dim=1)
-    assert tokens.tolist() == expected.tolist()
-    assert tokens[0].tolist() != tokens[1].tolist()
+        logits = running.decode({n: answer[-1:] for n, answer in enumerate(answers)})
+        for answer, found in zip(answers, logits, strict=True):
+            answer.append(int(found[-1].argmax()))
+    assert answers == expected.tolist()
+    assert answers[0] != answers[1]
 
 
-def test_last_only_returns_the_last_token(own):
-    hidden, targets = own.encode(random_tokens(2, 5)), random_tokens(2, 4, seed=1)
-    last = own.decode(targets, None, hidden, last_only=True)
-    torch.testing.assert_close(last, own.decode(targets, None, hidden)[:, -1:], **EXACT)
+def test_a_batch_of_several_variants_equals_each_variant_alone():
+    references = [build_reference(seed, expert_capacity=3) for seed in (11, 12)]
+    variants = [build_own(model) for model in references]
+    tensors = [variant.weights.tensors for variant in variants]
+    tensors[1] |= {role: tensors[0][role] for role in tensors[0] if ".attention." in role}
+    layers = {
+        layer: PlainPoolLayer([*variants[0].experts.layers[layer].experts, *one.experts], Activation.RELU)
+        for layer, one in variants[1].experts.layers.items()
+    }
+    maps = dict.fromkeys(layers, torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]))
+    owners, inputs, targets = [0, 1, 1, 0], random_texts(14, 9, 9, 4), random_texts(6, 6, 6, 6, seed=5)
+
+    def mixed(lengths: list[int]) -> StandAlone:
+        parts = [(length, tensors[owner]) for owner, length in zip(owners, lengths, strict=True)]
+        owner_T = torch.tensor(owners).repeat_interleave(torch.tensor(lengths))
+        experts = MappedExperts(layers, maps, owner_T)
+        return StandAlone(variants[0].model, MixedVariants(parts), experts)
+
+    running = Running(mixed([14, 9, 9, 4]), inputs)
+    running.own = mixed([6] * 4)
+    together = running.decode(dict(enumerate(targets)))
+    running.own = mixed([1] * 4)
+    next_token = running.decode({number: [7] for number in range(4)})
+    for number, owner in enumerate(owners):
+        alone = Running(variants[owner], [inputs[number]])
+        torch.testing.assert_close(together[number], alone.decode({0: targets[number]})[0], **EXACT)
+        torch.testing.assert_close(next_token[number], alone.decode({0: [7]})[0], **EXACT)
 
 
 def test_sharing_experts_keeps_capacity_counted_per_slot():
     """Slots 0 and 1 share a pool expert but not their room, as when the model holds it twice."""
-    model = build_reference(expert_capacity=3)
+    model, routes = build_reference(expert_capacity=3), []
     for block in [*model.encoder.block, *model.decoder.block]:
         if block.is_sparse:
             experts = block.layer[-1].mlp.experts
             experts["expert_1"].load_state_dict(experts["expert_0"].state_dict())
+    own = build_own(model, on_route=lambda _layer, _hidden, route: routes.append(route))
     layers = {
-        index: PlainExpertLayer(
-            slot_to_pool=torch.tensor([0, 0, 1, 2]),
-            parts={name: [p[0], p[2], p[3]] for name, p in parts.items()},
-        )
-        for index, parts in expert_parts_of(model).items()
+        index: PlainPoolLayer([layer.experts[slot] for slot in (0, 2, 3)], Activation.RELU)
+        for index, layer in own.experts.layers.items()
     }
-    routes = []
-    shared = EncoderDecoder(
-        config_of(model),
-        weights_of(model),
-        PlainExperts(layers),
-        on_route=lambda _layer, _hidden, route: routes.append(route),
-    )
-    inputs = random_tokens(1, 20)
-    hidden = shared.encode(inputs)
+    maps = dict.fromkeys(layers, torch.tensor([[0, 0, 1, 2]]))
+    (text,) = random_texts(20)
+    hidden = Running(replace(own, experts=MappedExperts(layers, maps)), [text]).hidden
     served = [route.slots_TK[route.gates_TK > 0].bincount(minlength=NUM_SLOTS) for route in routes]
     assert any(counts[0] + counts[1] > 3 for counts in served), "the two slots never needed their own room"
-    torch.testing.assert_close(hidden, reference_hidden(model, inputs), **EXACT)
+    torch.testing.assert_close(hidden, reference_hidden(model, text), **EXACT)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -356,16 +397,16 @@ def test_buckets_equal_the_reference(num_buckets, max_distance, bidirectional):
 def test_observer_counts_layers_through_both_stacks(reference):
     seen = []
     own = build_own(reference, on_route=lambda layer, hidden, _route: seen.append((layer, hidden.shape)))
-    own.decode(random_tokens(2, 4), None, own.encode(random_tokens(2, 6)))
+    one_pass(own, random_texts(6, 6), random_texts(4, 4))
     assert seen == [(1, (12, 32)), (3, (12, 32)), (NUM_ENCODER_LAYERS + 1, (8, 32))]
 
 
 def test_bfloat16_model_computes_router_logits_in_float32():
     model, seen = build_reference().to(torch.bfloat16), []
     own = build_own(model, on_route=lambda _layer, hidden, route: seen.append((hidden, route)))
-    own.encode(random_tokens(1, 40))
+    Running(own, random_texts(40))
     hidden, route = seen[0]
-    router = own.weights["encoder.1.router"]
+    router = own.weights.tensors["encoder.1.router"]
     wide = (hidden.float() @ router.float().T).softmax(dim=-1).amax(dim=-1).bfloat16().float()
     narrow = (hidden @ router.T).float().softmax(dim=-1).amax(dim=-1).bfloat16().float()
     assert not torch.equal(wide, narrow)
@@ -381,8 +422,7 @@ def test_bfloat16_stays_as_close_to_float32_as_the_reference_does():
     inputs, targets = random_tokens(4, 16), random_tokens(4, 12, seed=1)
     expected = reference_logits(model, inputs, targets)
     model = model.to(torch.bfloat16)
-    own = build_own(model)
-    logits = own.decode(targets, None, own.encode(inputs))
+    logits = torch.stack(one_pass(build_own(model), inputs.tolist(), targets.tolist()))
     assert logits.dtype == torch.bfloat16
     own_error = (logits.float() - expected).abs().mean()
     reference_error = (reference_logits(model, inputs, targets).float() - expected).abs().mean()

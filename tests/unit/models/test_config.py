@@ -3,7 +3,7 @@ from dataclasses import asdict
 import pytest
 
 from moemerge.errors import UnsupportedCheckpoint
-from moemerge.models import DecoderConfig, EncoderDecoderConfig, Routing, build_model, own_experts
+from moemerge.models import DecoderConfig, EncoderDecoderConfig, Routing, build_model
 
 DECODER = {
     "hidden_size": 32,
@@ -87,10 +87,10 @@ def test_impossible_value_is_refused_and_named(key, value):
     [("decoder", DECODER, DecoderConfig), ("encoder_decoder", ENCODER_DECODER, EncoderDecoderConfig)],
 )
 def test_build_model_reads_the_settings_of_its_arithmetic(arithmetic, settings, kind):
-    model = build_model(arithmetic, settings, {}, own_experts({}))
+    model = build_model(arithmetic, settings)
     assert isinstance(model.config, kind)
 
 
 def test_unknown_arithmetic_is_refused():
     with pytest.raises(UnsupportedCheckpoint, match="'diffusion'"):
-        build_model("diffusion", DECODER, {}, own_experts({}))
+        build_model("diffusion", DECODER)

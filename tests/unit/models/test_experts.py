@@ -1,113 +1,124 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from moemerge.models.experts import (
+from moemerge.models import (
     Activation,
-    PlainExpertLayer,
-    add_shared_gates,
-    expert_output,
+    MappedExperts,
+    OneVariant,
+    PlainPoolLayer,
+    Route,
     expert_product,
-    expert_product_plain,
     own_experts,
 )
-from moemerge.models.routing import Route
+from moemerge.models.experts import ACTIVATIONS, expert_product_plain
 
 D, F = 6, 5
+SHAPES = {"gate": (F, D), "up": (F, D), "down": (D, F), "wi": (F, D), "wo": (D, F)}
 
 
-def random_layer(slot_to_pool: list[int], generator: torch.Generator) -> PlainExpertLayer:
-    shapes = {"gate": (F, D), "up": (F, D), "down": (D, F), "wi": (F, D), "wo": (D, F)}
-    num_pool = max(slot_to_pool) + 1
-    parts = {
-        name: [torch.randn(shape, generator=generator) for _ in range(num_pool)]
-        for name, shape in shapes.items()
-    }
-    return PlainExpertLayer(torch.tensor(slot_to_pool), parts)
+def random_layer(num_experts: int, activation: Activation, generator: torch.Generator) -> PlainPoolLayer:
+    experts = [
+        {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        for _ in range(num_experts)
+    ]
+    return PlainPoolLayer(experts, activation)
 
 
 class CountingLayer:
-    """Passes parts on and notes which pool expert was asked for."""
+    """Passes hidden states on and notes which pool expert got how many."""
 
-    def __init__(self, layer: PlainExpertLayer):
+    def __init__(self, layer):
         self._layer, self.asked = layer, []
-        self.slot_to_pool = layer.slot_to_pool
 
-    def part(self, name, pool_index):
-        self.asked.append((name, pool_index))
-        return self._layer.part(name, pool_index)
+    def output(self, pool_index, hidden_TD):
+        self.asked.append((pool_index, len(hidden_TD)))
+        return self._layer.output(pool_index, hidden_TD)
+
+
+def counting_layer(num_experts: int) -> CountingLayer:
+    return CountingLayer(random_layer(num_experts, Activation.RELU, torch.Generator().manual_seed(1)))
 
 
 @st.composite
 def products(draw):
-    num_slots = draw(st.integers(1, 6))
-    slot_to_pool = draw(st.lists(st.integers(0, 4), min_size=num_slots, max_size=num_slots))
-    num_tokens, num_chosen = draw(st.integers(1, 7)), draw(st.integers(1, num_slots))
+    num_experts, num_chosen = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    num_tokens = draw(st.integers(1, 7))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    slots = torch.rand(num_tokens, num_slots, generator=generator).argsort(dim=1)[:, :num_chosen]
+    rows = torch.randint(0, num_experts, (num_tokens, num_chosen), generator=generator)
     gates = torch.rand(num_tokens, num_chosen, generator=generator)
     is_dropped = torch.rand(num_tokens, num_chosen, generator=generator) < draw(st.sampled_from([0, 0.3, 1]))
-    route = Route(slots, gates.masked_fill(is_dropped, 0.0))
     hidden = torch.randn(num_tokens, D, generator=generator)
-    return hidden, route, random_layer(slot_to_pool, generator), draw(st.sampled_from(Activation))
+    layer = random_layer(num_experts, draw(st.sampled_from(Activation)), generator)
+    return hidden, rows, gates.masked_fill(is_dropped, 0.0), layer
 
 
-@settings(max_examples=60, deadline=None)
 @given(products())
 def test_product_equals_the_plain_loop(product):
     torch.testing.assert_close(expert_product(*product), expert_product_plain(*product), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_chosen", [1, 2, 4])
+def test_a_token_alone_is_summed_as_in_a_batch(num_chosen):
+    """Bit for bit: each pool expert gives a power of two, so that only the order of summing rounds."""
+    generator = torch.Generator().manual_seed(3)
+    experts = [{"wi": torch.ones(1, 1), "wo": torch.full((1, 1), 2.0**power)} for power in range(0, 24, 4)]
+    layer = PlainPoolLayer(experts, Activation.RELU)
+    rows = torch.rand(40, 6, generator=generator).argsort(dim=1)[:, :num_chosen]
+    gates = torch.rand(40, num_chosen, generator=generator)
+    together = expert_product(torch.ones(40, 1), rows, gates, layer)
+    alone = [expert_product(torch.ones(1, 1), rows[i : i + 1], gates[i : i + 1], layer) for i in range(40)]
+    assert torch.equal(together, torch.cat(alone))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_gates_of_slots_in_one_pool_expert_add_and_it_is_computed_once(num_tokens):
-    generator = torch.Generator().manual_seed(1)
-    layer = CountingLayer(random_layer([0, 1, 0], generator))
-    hidden = torch.randn(num_tokens, D, generator=generator)
-    route = Route(
-        torch.tensor([[0, 2]]).expand(num_tokens, 2), torch.tensor([[0.5, 0.25]]).expand(num_tokens, 2)
-    )
-    output = expert_product(hidden, route, layer, Activation.RELU)
-    assert layer.asked == [("wi", 0), ("wo", 0)]
-    torch.testing.assert_close(output, 0.75 * expert_output(hidden, layer, 0, Activation.RELU))
+def test_gates_of_choices_in_one_pool_expert_add_and_it_is_computed_once(num_tokens):
+    layer = counting_layer(3)
+    hidden = torch.randn(num_tokens, D, generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor([[2, 2]]).expand(num_tokens, 2)
+    output = expert_product(hidden, rows, torch.tensor([[0.5, 0.25]]).expand(num_tokens, 2), layer)
+    assert layer.asked == [(2, num_tokens)]
+    torch.testing.assert_close(output, 0.75 * layer.output(2, hidden))
     assert output.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_dropped_token_gets_zero_and_its_expert_is_not_asked_for(num_tokens):
-    generator = torch.Generator().manual_seed(1)
-    layer = CountingLayer(random_layer([0, 1], generator))
-    route = Route(torch.ones(num_tokens, 1, dtype=torch.int64), torch.zeros(num_tokens, 1))
-    output = expert_product(torch.randn(num_tokens, D), route, layer, Activation.SILU_GATED)
+    layer = counting_layer(2)
+    rows = torch.ones(num_tokens, 1, dtype=torch.int64)
+    output = expert_product(torch.randn(num_tokens, D), rows, torch.zeros(num_tokens, 1), layer)
     assert output.tolist() == [[0.0] * D] * num_tokens
     assert layer.asked == []
 
 
 def test_only_pool_experts_with_tokens_are_asked_for():
-    generator = torch.Generator().manual_seed(1)
-    layer = CountingLayer(random_layer([3, 1, 0, 2], generator))
-    route = Route(torch.tensor([[0], [2], [0]]), torch.ones(3, 1))
-    expert_product(torch.randn(3, D, generator=generator), route, layer, Activation.RELU)
-    assert {pool_index for _, pool_index in layer.asked} == {0, 3}
-
-
-def test_shared_gates_add_into_the_first_choice_of_each_pool_expert():
-    pool = torch.tensor([[4, 2, 4, 4], [0, 1, 2, 3]])
-    gates = torch.tensor([[0.5, 0.25, 0.125, 1.0], [0.1, 0.2, 0.3, 0.4]])
-    added = add_shared_gates(pool, gates)
-    torch.testing.assert_close(added, torch.tensor([[1.625, 0.25, 0, 0], [0.1, 0.2, 0.3, 0.4]]))
-    assert torch.equal(added[1], gates[1])
+    layer = counting_layer(9)
+    rows = torch.tensor([[3, 7], [0, 7], [3, 0]])
+    expert_product(torch.randn(3, D), rows, torch.tensor([[0.5, 0.5], [0.5, 0.0], [1.0, 0.5]]), layer)
+    assert layer.asked == [(0, 2), (3, 2), (7, 1)]
 
 
 def test_activations_follow_their_formulas():
     generator = torch.Generator().manual_seed(2)
-    layer, hidden = random_layer([0], generator), torch.randn(2, D, generator=generator)
-    gate, up, down, wi, wo = (layer.part(name, 0) for name in ("gate", "up", "down", "wi", "wo"))
+    layer = random_layer(1, Activation.SILU_GATED, generator)
+    hidden = torch.randn(2, D, generator=generator)
+    gate, up, down, wi, wo = layer.experts[0].values()
     gated = hidden @ gate.T
     gated = gated / (1 + (-gated).exp()) * (hidden @ up.T) @ down.T
-    torch.testing.assert_close(expert_output(hidden, layer, 0, Activation.SILU_GATED), gated)
+    torch.testing.assert_close(layer.output(0, hidden), gated)
+    fused = PlainPoolLayer([{"gate_up": torch.cat((gate, up)), "down": down}], Activation.SILU_GATED)
+    torch.testing.assert_close(fused.output(0, hidden), gated)
     plain = (hidden @ wi.T).clamp(min=0) @ wo.T
-    torch.testing.assert_close(expert_output(hidden, layer, 0, Activation.RELU), plain)
+    torch.testing.assert_close(PlainPoolLayer(layer.experts, Activation.RELU).output(0, hidden), plain)
+
+
+def test_activations_serve_dense_layers_by_the_prefix_of_their_roles():
+    layer = random_layer(1, Activation.RELU, torch.Generator().manual_seed(2))
+    weights = OneVariant({f"decoder.0.ffn.{name}": part for name, part in layer.experts[0].items()})
+    hidden = torch.randn(3, D)
+    dense = ACTIVATIONS[Activation.RELU](weights, "decoder.0.ffn.", hidden)
+    assert torch.equal(dense, layer.output(0, hidden))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2])
@@ -126,16 +137,24 @@ def test_bfloat16_outputs_are_weighted_and_summed_in_float32_and_cast_once(
         "wi": [torch.ones(1, 1, dtype=torch.bfloat16)] * 3,
         "wo": [torch.full((1, 1), value, dtype=torch.bfloat16) for value in outputs],
     }
-    layer = own_experts({0: tensors}).layer(0)
+    experts = own_experts({0: tensors}, Activation.RELU)
     route = Route(torch.tensor([[0, 1, 2]]).expand(num_tokens, 3), torch.full((num_tokens, 3), gate))
-    hidden = torch.ones(num_tokens, 1, dtype=torch.bfloat16)
-    output = expert_product(hidden, route, layer, Activation.RELU)
+    output = experts.product(0, torch.ones(num_tokens, 1, dtype=torch.bfloat16), route)
     assert output.dtype == torch.bfloat16
     assert output.tolist() == [[expected]] * num_tokens
 
 
+@pytest.mark.parametrize(
+    ("owner", "asked"), [(0, [(0, 3)]), (1, [(5, 3)]), (torch.tensor([1, 0, 1]), [(0, 1), (5, 2)])], ids=str
+)
+def test_slots_are_looked_up_in_the_map_of_each_tokens_variant(owner, asked):
+    layer = counting_layer(6)
+    experts = MappedExperts({4: layer}, {4: torch.tensor([[2, 0], [1, 5]])}, owner)
+    experts.product(4, torch.randn(3, D), Route(torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1)))
+    assert layer.asked == asked
+
+
 def test_own_experts_give_each_slot_its_own():
-    source = own_experts({5: {"wi": [torch.zeros(F, D), torch.ones(F, D)]}})
-    layer = source.layer(5)
-    assert layer.slot_to_pool.tolist() == [0, 1]
-    assert layer.part("wi", 1).sum() == F * D
+    experts = own_experts({5: {"wi": [torch.zeros(F, D), torch.ones(F, D)]}}, Activation.RELU)
+    assert experts.maps[5].tolist() == [[0, 1]]
+    assert experts.layers[5].experts[1]["wi"].sum() == F * D

@@ -1,9 +1,19 @@
 import math
+from itertools import accumulate, chain
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moemerge.models.routing import softmax_topk, softmax_topk_renormalised, switch_top1, topk_softmax
+from moemerge.models import Span
+from moemerge.models.routing import (
+    drop_over_capacity,
+    softmax_topk,
+    softmax_topk_renormalised,
+    switch_top1,
+    topk_softmax,
+)
 
 LOGITS = torch.tensor([[1.0, 3.0, 2.0, -1.0]])
 
@@ -41,27 +51,47 @@ def test_gates_are_float32_whatever_the_logits_are(routing):
     torch.testing.assert_close(route.gates_TK, exact.gates_TK, atol=1e-6, rtol=0)
 
 
-def switch_logits(slots: list[list[int]], num_slots: int = 3) -> torch.Tensor:
+def switch_logits(*slots: int, num_slots: int = 3) -> torch.Tensor:
     return 4.0 * torch.nn.functional.one_hot(torch.tensor(slots), num_slots).float()
 
 
-def test_switch_serves_the_first_tokens_of_each_slot_and_row():
-    logits = switch_logits([[0, 0, 1, 0, 0, 1], [1, 0, 0, 1, 1, 0]])
-    route = switch_top1(logits, capacity=2, dtype=torch.float32)
-    assert route.slots_TK[:, 0].tolist() == [0, 0, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0]
-    is_served = [True, True, True, False, False, True, True, True, True, True, False, False]
-    assert (route.gates_TK[:, 0] > 0).tolist() == is_served
-
-
 def test_switch_gate_is_the_best_probability_and_not_renormalised():
-    route = switch_top1(switch_logits([[2]]), capacity=1, dtype=torch.float32)
-    assert route.gates_TK.item() == pytest.approx(math.exp(4) / (math.exp(4) + 2))
+    route = switch_top1(switch_logits(2, 0), torch.float32)
+    assert route.slots_TK.tolist() == [[2], [0]]
+    assert route.gates_TK[:, 0].tolist() == pytest.approx([math.exp(4) / (math.exp(4) + 2)] * 2)
 
 
 def test_switch_rounds_probabilities_to_the_model_dtype_before_choosing():
-    logits = torch.tensor([[[1.0, 1.0 + 1e-5]]])
-    assert switch_top1(logits, 1, torch.float32).slots_TK.item() == 1
-    route = switch_top1(logits, 1, torch.bfloat16)
+    logits = torch.tensor([[1.0, 1.0 + 1e-5]])
+    assert switch_top1(logits, torch.float32).slots_TK.item() == 1
+    route = switch_top1(logits, torch.bfloat16)
     assert route.slots_TK.item() == 0
     assert route.gates_TK.dtype == torch.float32
     assert route.gates_TK.item() == 0.5
+
+
+def test_a_slot_serves_the_first_tokens_of_each_span():
+    slots = [0, 0, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0]
+    spans = [Span(0, 6), Span(6, 1), Span(7, 7)]
+    route = switch_top1(switch_logits(*slots), torch.float32)
+    limited = drop_over_capacity(route, 2, 3, spans)
+    assert torch.equal(limited.slots_TK, route.slots_TK)
+    served = [True, True, True, False, False, True, True, True, True, True, True, False, False, False]
+    assert (limited.gates_TK[:, 0] > 0).tolist() == served
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=4), st.integers(1, 5)
+)
+def test_capacity_of_spans_equals_counting_each_alone(slots_of_spans, capacity):
+    served = []
+    for slots in slots_of_spans:
+        counts = [0, 0, 0]
+        for slot in slots:
+            counts[slot] += 1
+            served.append(counts[slot] <= capacity)
+    starts = [0, *accumulate(map(len, slots_of_spans))]
+    spans = [Span(start, len(slots)) for start, slots in zip(starts, slots_of_spans, strict=False)]
+    route = switch_top1(switch_logits(*chain.from_iterable(slots_of_spans)), torch.float32)
+    limited = drop_over_capacity(route, capacity, 3, spans)
+    assert (limited.gates_TK[:, 0] > 0).tolist() == served

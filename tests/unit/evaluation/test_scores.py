@@ -1,0 +1,91 @@
+"""Perplexity and exact match of models in memory, against one text at a time."""
+
+import pytest
+import torch
+
+from moemerge.checkpoint.checkpoint import open_checkpoint
+from moemerge.checkpoint.repository import LocalFolder
+from moemerge.errors import InvalidRecipe, UnsupportedCheckpoint
+from moemerge.evaluation.loading import average_models, load_model
+from moemerge.evaluation.perplexity import cut_windows, mean_nll
+from moemerge.evaluation.tasks import TaskRow, exact_match, greedy_answers, read_task
+from tests.factories import write_checkpoint
+
+PROMPTS = [[5, 9, 33, 12, 1], [60, 3, 1], [7] * 40 + [1]]
+
+
+def open_family(folder, family: str, **options):
+    return open_checkpoint(LocalFolder(write_checkpoint(folder, family, **options)))
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    return load_model(open_family(tmp_path_factory.mktemp("decoder"), "mixtral"))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return load_model(open_family(tmp_path_factory.mktemp("pair"), "switch_transformers"))
+
+
+def test_mean_nll_is_that_of_every_token_but_the_first_of_each_window(decoder):
+    windows = cut_windows([(7 * i) % 60 for i in range(130)], 10, 12)
+    assert len(windows) == 12
+    losses = []
+    for window in windows:
+        logits = decoder.forward(torch.tensor([window]))[0]
+        losses += [-logits[i].log_softmax(dim=-1)[token] for i, token in enumerate(window[1:])]
+    assert mean_nll(decoder.forward, windows) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+def test_an_average_of_one_is_the_checkpoint_and_of_two_is_neither(tmp_path):
+    one, other = (open_family(tmp_path / str(seed), "mixtral", seed=seed) for seed in (1, 2))
+    tokens = torch.tensor([[5, 9, 33, 12]])
+    logits = [average_models(models).forward(tokens) for models in ([one], [one, other], [other])]
+    assert torch.equal(logits[0], load_model(one).forward(tokens))
+    assert not torch.allclose(logits[1], logits[0], atol=0.01)
+    assert not torch.allclose(logits[1], logits[2], atol=0.01)
+
+
+def test_answers_of_a_batch_are_those_of_each_prompt_alone(pair):
+    together = greedy_answers(pair, PROMPTS, frozenset())
+    assert [len(answer) for answer in together] == [8, 8, 8]
+    assert together == [greedy_answers(pair, [prompt], frozenset())[0] for prompt in PROMPTS]
+    assert len(set(map(tuple, together))) > 1
+
+
+def test_an_answer_ends_before_its_stop_id_and_the_others_go_on(pair):
+    whole = greedy_answers(pair, PROMPTS, frozenset())
+    stop = whole[0][-1]
+    cut = [answer[: answer.index(stop)] if stop in answer else answer for answer in whole]
+    assert greedy_answers(pair, PROMPTS, frozenset({stop})) == cut
+    assert greedy_answers(pair, PROMPTS, frozenset(), max_tokens=2) == [answer[:2] for answer in whole]
+
+
+def test_exact_match_is_the_share_of_equal_answers():
+    rows = [TaskRow(str(i), str(i % 3)) for i in range(70)]
+    asked = []
+
+    def answer(prompts):
+        asked.append(len(prompts))
+        return [[0] for _ in prompts]
+
+    score = exact_match(answer, rows, encode=lambda text: [int(text)], decode=lambda ids: f" {ids[0]}\n")
+    assert score == pytest.approx(24 / 70)
+    assert sum(asked) == 70
+
+
+def test_each_measure_refuses_the_other_kind_of_model(decoder, pair):
+    with pytest.raises(UnsupportedCheckpoint, match="decoder-only"):
+        mean_nll(pair.forward, [[5, 6, 7]])
+    with pytest.raises(UnsupportedCheckpoint, match="encoder-decoder"):
+        greedy_answers(decoder, PROMPTS, frozenset())
+
+
+def test_text_shorter_than_a_window_and_broken_rows_are_refused(tmp_path):
+    with pytest.raises(InvalidRecipe, match="9 tokens"):
+        cut_windows(range(9), 10, 5)
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"input": "a", "target": "b"}\n{"input": "c"}\n')
+    with pytest.raises(InvalidRecipe, match="line 2"):
+        read_task(path)
