@@ -130,9 +130,9 @@ class EncoderDecoder:
         return hidden_TD + weights.linear(f"{role}.output", mixed_TD)
 
     def _keys_and_values(self, role: str, hidden_TD: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        return self._heads(f"{role}.key", hidden_TD, weights), self._heads(
-            f"{role}.value", hidden_TD, weights
-        )
+        key = self._heads(f"{role}.key", hidden_TD, weights)
+        value = self._heads(f"{role}.value", hidden_TD, weights)
+        return key, value
 
     def _heads(self, role: str, hidden_TD: Tensor, weights: Weights) -> Tensor:
         return weights.linear(role, hidden_TD).view(-1, self.config.num_heads, self.config.head_size)

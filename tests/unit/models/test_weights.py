@@ -3,6 +3,7 @@ import torch
 
 from moemerge.models import MixedVariants, OneVariant
 from moemerge.models.norm import rms_norm
+from moemerge.models.weights import is_only_multiplied
 
 D = 6
 
@@ -70,3 +71,21 @@ def test_roles_are_those_of_the_variants():
     for weights in (OneVariant(tensors_of(0)), MixedVariants([(1, tensors_of(0)), (1, tensors_of(1))])):
         assert "matrix" in weights
         assert "router" not in weights
+
+
+@pytest.mark.parametrize(
+    ("role", "expected"),
+    [
+        ("decoder.0.attention.query", True),
+        ("decoder.3.cross_attention.output", True),
+        ("encoder.1.ffn.wi", True),
+        ("head", True),
+        ("embedding", False),  # looked up, and a tied head
+        ("decoder.0.router", False),  # Switch computes it in float32
+        ("encoder.position_bias", False),
+        ("decoder.0.attention_norm", False),
+        ("decoder.final_norm", False),
+    ],
+)
+def test_only_matrices_that_are_only_multiplied_may_be_packed(role, expected):
+    assert is_only_multiplied(role) == expected
