@@ -2,7 +2,7 @@
 
 import typer
 
-from moemerge.cli import demo, export, merge, plan, pull, run, show, similarity, verify
+from moemerge.cli import bench, chat, demo, export, merge, plan, pull, run, serve, show, similarity, verify
 from moemerge.cli.command import command, run_program
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ def _program(
     pass
 
 
-for module in (pull, show, similarity, plan, merge, verify, export, run, demo):
+for module in (pull, show, similarity, plan, merge, verify, export, run, chat, serve, bench, demo):
     name = module.__name__.rpartition(".")[2]
     app.command(name)(command(getattr(module, name)))
 

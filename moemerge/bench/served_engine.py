@@ -1,0 +1,271 @@
+"""Systems made of the engine: one engine that stays, or a whole engine loaded at each change of variant."""
+
+import gc
+import math
+import time
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+from moemerge.bench.metrics import Record
+from moemerge.bench.worker import Counts, WorkerSpec
+from moemerge.bench.workloads import Arrival, Trace
+from moemerge.bundle.reader import Bundle, open_bundle
+from moemerge.runner.engine import Engine
+from moemerge.runner.forward import cache_geometry, model_of
+from moemerge.runner.options import EngineOptions, choose_device, choose_dtype
+from moemerge.runner.request import FinishReason, Output, Request
+
+_WARM_TOKENS = 4
+
+
+class ServedEngine:
+    """One engine for the whole life of the worker."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.engine = open_engine(spec, spec.variants)
+        warm_up(self.engine, spec.variants)
+
+    def run(self, trace: Trace, start_s: float, limit_s: float) -> list[Record]:
+        """See `Served.run`."""
+        book = Book(trace, start_s)
+        waiting = deque(range(len(trace)))
+        end_s = start_s + limit_s
+        while waiting or self.engine.has_work:
+            now = time.perf_counter()
+            if now >= end_s:
+                book.break_off(self.engine)
+                break
+            while waiting and start_s + trace[waiting[0]].at_s <= now:
+                self.engine.submit(book.request(waiting.popleft()))
+            if self.engine.has_work:
+                book.enter(self.engine.step())
+            else:
+                time.sleep(max(0.0, min(end_s, start_s + trace[waiting[0]].at_s) - time.perf_counter()))
+        return book.records()
+
+    def counts(self) -> Counts:
+        """See `Served.counts`."""
+        return counts_of(self.engine)
+
+    def probe(self, name: str, arguments: dict[str, Any]) -> Any:
+        """See `Served.probe`."""
+        from moemerge.bench.probes import PROBES
+
+        return PROBES[name](self.engine, **arguments)
+
+    def close(self) -> None:
+        """See `Served.close`."""
+        self.engine.close()
+
+
+class ServedFullSwap:
+    """One engine of one variant at a time; another variant means loading all of another model.
+
+    First come, first served: requests join the running batch as long as they are for the loaded variant,
+    and the first one for another variant waits until that batch is through. Files are read through the page
+    cache.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self._engine: Engine | None = None
+        self._loaded: str | None = None
+        self._done = Counts()
+        for variant in spec.variants:
+            self._load(variant)
+            warm_up(self.engine, (variant,))
+
+    def run(self, trace: Trace, start_s: float, limit_s: float) -> list[Record]:
+        """See `Served.run`."""
+        book = Book(trace, start_s)
+        waiting = deque(range(len(trace)))
+        end_s = start_s + limit_s
+        while waiting or self.engine.has_work:
+            now = time.perf_counter()
+            if now >= end_s:
+                book.break_off(self.engine)
+                break
+            while waiting and start_s + trace[waiting[0]].at_s <= now:
+                if trace[waiting[0]].variant != self._loaded:
+                    if self.engine.has_work:
+                        break
+                    self._load(trace[waiting[0]].variant)
+                self.engine.submit(book.request(waiting.popleft()))
+            if self.engine.has_work:
+                book.enter(self.engine.step())
+            else:
+                time.sleep(max(0.0, min(end_s, start_s + trace[waiting[0]].at_s) - time.perf_counter()))
+        return book.records()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the loaded variant."""
+        assert self._engine is not None
+        return self._engine
+
+    def counts(self) -> Counts:
+        """See `Served.counts`; a swap is the load of a whole model."""
+        return self._done.plus(Counts(steps=counts_of(self.engine).steps))
+
+    def probe(self, name: str, arguments: dict[str, Any]) -> Any:
+        """See `Served.probe`; this one has nothing to probe."""
+        raise NotImplementedError(name)
+
+    def close(self) -> None:
+        """See `Served.close`."""
+        if self._engine:
+            self._engine.close()
+
+    def _load(self, variant: str) -> None:
+        begin = time.perf_counter()
+        if self._engine:
+            self._done = self._done.plus(Counts(steps=counts_of(self._engine).steps))
+            self._engine.close()
+            # Two models at once would be more memory than this system is meant to have.
+            self._engine = None
+            gc.collect()
+        self._engine = open_engine(self.spec, (variant,))
+        self._engine.ensure_resident(variant)
+        self._loaded = variant
+        snapshot = self._engine.snapshot()
+        moved = Counts(
+            swaps=1,
+            swap_bytes=snapshot.pool_bytes + snapshot.resident_bytes,
+            swap_s=time.perf_counter() - begin,
+        )
+        self._done = self._done.plus(moved)
+
+
+class Book:
+    """What is seen of every request of a trace."""
+
+    def __init__(self, trace: Trace, start_s: float) -> None:
+        self._trace, self._start_s = trace, start_s
+        self._tokens: list[list[int]] = [[] for _ in trace]
+        self._times: list[list[float]] = [[] for _ in trace]
+        self._waits = [0.0] * len(trace)
+        self._ended_s: float | None = None
+
+    def request(self, index: int) -> Request:
+        """The request of an arrival."""
+        return request_of(self._trace[index], str(index), self._start_s)
+
+    def enter(self, outputs: list[Output]) -> None:
+        """Note what a step brought, now."""
+        now = time.perf_counter() - self._start_s
+        for output in outputs:
+            if output.finish is FinishReason.ERROR:
+                raise RuntimeError(f"request {output.request_id}: {output.error}")
+            index = int(output.request_id)
+            self._tokens[index] += output.token_ids
+            self._times[index] += [now] * len(output.token_ids)
+            if output.timing:
+                self._waits[index] = output.timing.swap_wait_s
+
+    def add(self, index: int, token_id: int, now: float) -> None:
+        """Note one token that was there at `now`, by `time.perf_counter()`."""
+        self._tokens[index].append(token_id)
+        self._times[index].append(now - self._start_s)
+
+    def is_finished(self, index: int) -> bool:
+        """Whether the answer is complete."""
+        return len(self._tokens[index]) == self._trace[index].output_tokens
+
+    def end(self) -> None:
+        """The run is broken off now."""
+        self._ended_s = time.perf_counter() - self._start_s
+
+    def break_off(self, engine: Engine) -> None:
+        """The run is broken off now, and the engine made ready for another one."""
+        self.end()
+        for index in range(len(self._trace)):
+            if not self.is_finished(index):
+                engine.cancel(str(index))
+        while engine.has_work:
+            engine.step()
+
+    def records(self) -> list[Record]:
+        """One per request, in the order of the trace.
+
+        Raises:
+            RuntimeError: A request got another number of tokens than it asked for.
+        """
+        for index, arrival in enumerate(self._trace):
+            found = len(self._tokens[index])
+            if found > arrival.output_tokens or (self._ended_s is None and found < arrival.output_tokens):
+                raise RuntimeError(f"request {index}: {found} tokens, expected {arrival.output_tokens}")
+        return [
+            Record(
+                variant=arrival.variant,
+                arrival_s=arrival.at_s,
+                token_ids=tuple(self._tokens[index]),
+                token_times_s=tuple(self._times[index]),
+                wanted_tokens=arrival.output_tokens,
+                # A request that would have come after the end was not kept waiting.
+                ended_s=None if self._ended_s is None else max(self._ended_s, arrival.at_s),
+                swap_wait_s=self._waits[index],
+            )
+            for index, arrival in enumerate(self._trace)
+        ]
+
+
+def request_of(arrival: Arrival, request_id: str, start_s: float) -> Request:
+    """An arrival as the engine takes it: greedy, end tokens do not count."""
+    return Request(
+        request_id=request_id,
+        variant=arrival.variant,
+        prompt_ids=arrival.prompt_ids,
+        max_tokens=arrival.output_tokens,
+        ignore_stop=True,
+        arrival_s=start_s + arrival.at_s,
+    )
+
+
+def open_engine(spec: WorkerSpec, variants: tuple[str, ...]) -> Engine:
+    """An engine that serves some variants of the bundle."""
+    bundle = open_bundle(spec.bundle)
+    options = EngineOptions(device=spec.device, dtype=spec.dtype, variants=variants, **spec.options)
+    if spec.room_tokens is not None:
+        options = replace(options, cache_memory=_cache_bytes(bundle, options, spec.room_tokens))
+    return Engine(bundle, options)
+
+
+def _cache_bytes(bundle: Bundle, options: EngineOptions, room_tokens: int) -> int:
+    """Bytes of a cache for full batches of such sequences, whose source and answer may be kept apart."""
+    geometry = cache_geometry(model_of(bundle, next(iter(bundle.manifest.variants))), options.block_tokens)
+    dtype = choose_dtype(bundle, options.dtype, choose_device(options.device))
+    blocks = math.ceil(room_tokens / options.block_tokens) + 2
+    return options.max_batch * blocks * geometry.block_bytes(dtype)
+
+
+def warm_up(engine: Engine, variants: tuple[str, ...]) -> None:
+    """Let every variant answer shortly: first uses of kernels and files are not measured."""
+    requests = [
+        Request(
+            request_id=f"warm-{variant}",
+            variant=variant,
+            prompt_ids=tuple(range(1, 2 * _WARM_TOKENS)),
+            max_tokens=_WARM_TOKENS,
+            ignore_stop=True,
+        )
+        for variant in variants
+    ]
+    for _ in engine.run(requests):
+        pass
+
+
+def counts_of(engine: Engine) -> Counts:
+    """What an engine has counted since it was made."""
+    snapshot = engine.snapshot()
+    figures = [state.figures for state in snapshot.variants.values()]
+    return Counts(
+        swaps=sum(one.swaps for one in figures),
+        swap_bytes=sum(one.swap_bytes for one in figures),
+        swap_s=sum(one.swap_seconds for one in figures),
+        steps=snapshot.steps.steps,
+        mixed_steps=snapshot.steps.mixed,
+        expert_hits=snapshot.expert_hits,
+        expert_misses=snapshot.expert_misses,
+    )
