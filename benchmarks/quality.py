@@ -11,7 +11,11 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
 
 from moemerge.bundle.reader import open_bundle
 from moemerge.bundle.verify import verify_bundle
@@ -20,15 +24,54 @@ from moemerge.checkpoint.variants import VariantSet, open_variants
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.policies import POLICIES
 from moemerge.consolidation.recipe import options_of
-from moemerge.evaluation.loading import Model, average_models, load_model
+from moemerge.evaluation.loading import average_models, load_model
 from moemerge.evaluation.perplexity import cut_windows, mean_nll, perplexity
-from moemerge.evaluation.tasks import exact_match, read_task
-from moemerge.models import Decoder, EncoderDecoder
+from moemerge.evaluation.tasks import exact_match, greedy_answers, read_task
+from moemerge.models import StandAlone
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
+from moemerge.runner.options import EngineOptions
+from moemerge.runner.request import Request
 
 BUDGETS = ("1x", "1.5x", "2x")
-Score = Callable[[str, Model], float]
+ANSWER_TOKENS = 8
+
+
+class Measured(NamedTuple):
+    """A model as the measures see it: logits of a text, greedy answers to prompts."""
+
+    logits: Callable[[Tensor], Tensor]
+    answer: Callable[[list[list[int]], frozenset[int], int], list[list[int]]]
+
+
+Score = Callable[[str, Measured], float]
+
+
+def alone(model: StandAlone) -> Measured:
+    """A model in memory."""
+    return Measured(model.forward, partial(greedy_answers, model))
+
+
+def served(engine: Engine, name: str) -> Measured:
+    """A variant of an engine, with all prompts in its batches."""
+
+    def answer(prompts: list[list[int]], stop_ids: frozenset[int], max_tokens: int) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in prompts]
+        requests = [
+            Request(
+                request_id=str(number),
+                variant=name,
+                prompt_ids=tuple(prompt),
+                max_tokens=max_tokens,
+                stop_ids=stop_ids,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        for output in engine.run(requests):
+            answers[int(output.request_id)] += output.token_ids
+        return answers
+
+    return Measured(partial(engine.logits, name), answer)
 
 
 def perplexity_of(variants: VariantSet, folder: Path, windows: int) -> Score:
@@ -38,9 +81,8 @@ def perplexity_of(variants: VariantSet, folder: Path, windows: int) -> Score:
         tokenizer = load_tokenizer(checkpoint.side_file, name)
         cut[name] = cut_windows(tokenizer.encode((folder / f"{name}.test.txt").read_text()), 256, windows)
 
-    def score(name: str, model: Model) -> float:
-        assert isinstance(model, Decoder)
-        return perplexity(mean_nll(model, cut[name]))
+    def score(name: str, measured: Measured) -> float:
+        return perplexity(mean_nll(measured.logits, cut[name]))
 
     return score
 
@@ -50,10 +92,13 @@ def accuracy_of(variants: VariantSet, folder: Path, rows: int) -> Score:
     tasks = {name: read_task(folder / f"{name}.test.jsonl", rows) for name in variants.variants}
     tokenizers = {name: load_tokenizer(c.side_file, name) for name, c in variants.variants.items()}
 
-    def score(name: str, model: Model) -> float:
-        assert isinstance(model, EncoderDecoder)
+    def score(name: str, measured: Measured) -> float:
         tokenizer = tokenizers[name]
-        return exact_match(model, tasks[name], tokenizer.encode, tokenizer.decode, tokenizer.stop_token_ids)
+
+        def answer(prompts: list[list[int]]) -> list[list[int]]:
+            return measured.answer(prompts, tokenizer.stop_token_ids, ANSWER_TOKENS)
+
+        return exact_match(answer, tasks[name], tokenizer.encode, tokenizer.decode)
 
     return score
 
@@ -83,22 +128,20 @@ def main() -> None:
     print(f"| policy | budget | bytes ratio | {' | '.join(names)} | mean |")
     print(f"| --- | --- | --- | {' | '.join('---' for _ in names)} | --- |")
     assert variants.base is not None
-    base = load_model(variants.base)
+    base = alone(load_model(variants.base))
     print_row("base alone", "-", 1.0, [score(name, base) for name in names])
-    own = [score(name, load_model(variants.variants[name])) for name in names]
+    own = [score(name, alone(load_model(variants.variants[name]))) for name in names]
     print_row("separate models", "-", len(names), own)
-    average = average_models(list(variants.variants.values()))
+    average = alone(average_models(list(variants.variants.values())))
     print_row("whole models averaged", "-", 1.0, [score(name, average) for name in names])
     with tempfile.TemporaryDirectory() as temporary:
         for budget, policy in [("exact", "cluster"), *((b, p) for b in BUDGETS for p in POLICIES)]:
             target = Path(temporary) / "bundle.moe"
             merged = merge(variants, target, options_of(budget, policy))
             verify_bundle(target)
-            engine = Engine(open_bundle(target), dtype="float32")
-            scores = []
-            for name in names:
-                engine.switch(name)
-                scores.append(score(name, engine.model))
+            engine = Engine(open_bundle(target), EngineOptions(dtype="float32"))
+            scores = [score(name, served(engine, name)) for name in names]
+            engine.close()
             print_row(policy, budget, merged.plan.bytes_ratio, scores)
             shutil.rmtree(target)
 

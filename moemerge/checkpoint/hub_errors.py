@@ -18,7 +18,7 @@ from moemerge.errors import (
 try:
     import httpx2 as httpx
 except ImportError:  # hub clients before 2.0 are built on the original
-    import httpx  # type: ignore[import-not-found, no-redef]
+    import httpx  # type: ignore[no-redef]
 
 # Raised by the transfer library of newer clients only.
 _XetError: type[Exception] = getattr(errors, "XetDownloadError", errors.HfHubHTTPError)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moemerge.models.attention import Group
+from moemerge.models import Group
 from moemerge.runner.blocks import BlockTable
 
 
