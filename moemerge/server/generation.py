@@ -1,0 +1,196 @@
+"""All answers to one HTTP request: engine requests made from its body, and pieces made from their outputs."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from moemerge.errors import Stopping
+from moemerge.runner.request import FinishReason, Request
+from moemerge.runner.sampling import Sampling
+from moemerge.server.answers import Answer, Piece, Prompt, join_pieces
+from moemerge.server.errors import invalid
+from moemerge.server.inbox import Inbox
+from moemerge.server.requests import GenerationBody
+from moemerge.server.responses import Usage
+from moemerge.server.serving import ServedVariant, Serving
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What completions and chats name differently.
+
+    Attributes:
+        prompt_field: Name of the field with the prompt.
+        max_tokens: Longest answer as the client gave it; 0 computes only the prompt.
+        default_tokens: Longest answer otherwise; None for what the context leaves.
+        num_logprobs: Likeliest tokens to name with each token; None for no log-probabilities.
+        arrival_s: When the request came in, by `time.perf_counter()`.
+    """
+
+    prompt_field: str
+    max_tokens: int | None
+    default_tokens: int | None
+    num_logprobs: int | None
+    arrival_s: float
+
+
+class Generation:
+    """Answers under way."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        variant: ServedVariant,
+        body: GenerationBody,
+        wanted: Wanted,
+        prompts: Sequence[Prompt],
+        prefix: str,
+    ) -> None:
+        """Hand the requests to the engine.
+
+        Raises:
+            ApiError: Too many answers, or more tokens than the context holds.
+            MoemergeError: As `EngineService.submit`.
+        """
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.inbox = Inbox(serving.service, serving.options.max_unread_outputs)
+        self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self._answers: dict[str, Answer] = {}
+        requests = []
+        num_each = body.n or 1
+        if num_each * len(prompts) > serving.options.max_choices:
+            raise invalid(
+                f"{num_each * len(prompts)} answers are asked for, the most at once are "
+                f"{serving.options.max_choices}",
+                "n",
+            )
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        for index, (prompt, copy) in enumerate((p, c) for p in prompts for c in range(num_each)):
+            request = _request(f"{self.id}-{index}", serving, variant, body, wanted, prompt, copy)
+            requests.append(request)
+            self._answers[request.request_id] = Answer(
+                index,
+                prompt,
+                variant.text,
+                stop=stop,
+                min_tokens=request.min_tokens,
+                is_empty=wanted.max_tokens == 0,
+            )
+        self.inbox.submit(requests)
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Pieces of all answers as they come.
+
+        Raises:
+            ApiError, ServingError, Stopping: As `Inbox.outputs`; or the server stopped before the end.
+        """
+        async for output in self.inbox.outputs():
+            answer = self._answers[output.request_id]
+            if answer.has_ended:
+                continue
+            if output.finish is FinishReason.CANCELLED:
+                raise Stopping("the server is stopping; the answer was cut off")
+            piece = answer.add(output)
+            if answer.has_ended:
+                self.inbox.cancel(output.request_id)
+            if not piece.is_empty:
+                yield piece
+
+    async def whole(self) -> list[Piece]:
+        """All answers, each in one piece, in order.
+
+        Raises:
+            ApiError, ServingError, Stopping: As `pieces`.
+        """
+        parts: dict[int, list[Piece]] = {}
+        async for piece in self.pieces():
+            parts.setdefault(piece.index, []).append(piece)
+        return [join_pieces(parts[index]) for index in sorted(parts)]
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        completion = sum(answer.num_tokens for answer in self._answers.values())
+        return Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=completion,
+            total_tokens=self._num_prompt_tokens + completion,
+        )
+
+
+def _request(
+    request_id: str,
+    serving: Serving,
+    variant: ServedVariant,
+    body: GenerationBody,
+    wanted: Wanted,
+    prompt: Prompt,
+    copy: int,
+) -> Request:
+    limits = serving.service.limits_of(variant.text.name)
+    room = limits.context_tokens
+    room -= 0 if variant.text.is_encoder_decoder else len(prompt.token_ids)
+    max_tokens = _longest(wanted, prompt, limits.context_tokens, max(0, room))
+    # So that every echoed prompt is followed by one token, as clients that score prompts count on.
+    is_scoring = prompt.echo is not None and wanted.num_logprobs is not None and max_tokens == 1
+    return Request(
+        request_id=request_id,
+        variant=variant.text.name,
+        prompt_ids=prompt.token_ids,
+        max_tokens=max_tokens,
+        sampling=_sampling(body, variant.recommended, copy),
+        stop_ids=variant.text.stop_ids | frozenset(body.stop_token_ids or ()),
+        min_tokens=min(body.min_tokens or 0, max_tokens),
+        ignore_stop=bool(body.ignore_eos) or is_scoring,
+        num_logprobs=wanted.num_logprobs,
+        num_prompt_logprobs=wanted.num_logprobs if prompt.echo is not None else None,
+        arrival_s=wanted.arrival_s,
+    )
+
+
+def _longest(wanted: Wanted, prompt: Prompt, context: int, room: int) -> int:
+    """Tokens that the answer may have.
+
+    Raises:
+        ApiError: The context does not hold the prompt and what is asked for.
+    """
+    length = len(prompt.token_ids)
+    if room < 1 or length >= context:
+        raise invalid(
+            f"the prompt has {length} tokens, which leave no room for an answer in a context of {context}",
+            wanted.prompt_field,
+            "context_length_exceeded",
+        )
+    if wanted.max_tokens is None:
+        return min(room, wanted.default_tokens or room)
+    if wanted.max_tokens > room:
+        raise invalid(
+            f"the context holds {context} tokens, the prompt has {length}, {wanted.max_tokens} are asked for",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+    return max(1, wanted.max_tokens)
+
+
+def _sampling(body: GenerationBody, recommended: Sampling, copy: int) -> Sampling:
+    """The client's wishes, then the variant's recommendation, then OpenAI's default, which is to sample."""
+    top_k = None if body.top_k is None else max(0, body.top_k)
+    return Sampling(
+        temperature=_first(body.temperature, recommended.temperature or 1.0),
+        top_k=_first(top_k, recommended.top_k),
+        top_p=_first(body.top_p, recommended.top_p),
+        min_p=_first(body.min_p, recommended.min_p),
+        repetition_penalty=_first(body.repetition_penalty, recommended.repetition_penalty),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        seed=None if body.seed is None else (body.seed + copy) % 2**63,
+        logit_bias={int(token_id): value for token_id, value in (body.logit_bias or {}).items()},
+    )
+
+
+def _first(given: Value | None, default: Value) -> Value:
+    return default if given is None else given
