@@ -1,30 +1,69 @@
 """`moemerge run`."""
 
 import sys
+import time
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.sampling import (
+    MinPOption,
+    RepetitionOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    given,
+)
+from moemerge.errors import ServingError
+
+if TYPE_CHECKING:
+    from moemerge.runner.options import EngineOptions
+    from moemerge.runner.weights import Swap
+    from moemerge.text.answers import Answer
+
+_TELL_SECONDS = 5.0
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to run.")],
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="Text to continue, or - for standard input.")
-    ],
+        str | None, typer.Argument(metavar="[PROMPT]", help="Text to continue, or - for standard input.")
+    ] = None,
     variants: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--variant", "-v", metavar="NAME", help="Variant that answers; give it several times to compare."
         ),
-    ],
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="Requests instead of a prompt, a JSON object per line."),
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Results of --input in its order; continued if there."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the variant's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 128,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionOption = None,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    resident: Annotated[
+        str, typer.Option("--resident", metavar="N|all|SIZE", help="Variants that may be in memory at once.")
+    ] = "all",
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, help="Requests that run at once, with --input.")
+    ] = 64,
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")
     ] = "auto",
@@ -32,41 +71,148 @@ def run(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a prompt with one or several variants of a bundle.
+    """Answer a prompt with one or several variants of a bundle, or a file of requests.
 
     The pool stays in memory; changing the variant exchanges only non-expert tensors that differ. Text
-    streams to standard output; bytes moved and speed go to standard error.
+    streams to standard output; bytes moved and speed go to standard error. Requests of a file run together,
+    whatever their variants; sampling options are for lines that say nothing else.
 
     Example: moemerge run duo.moe -v code -v sums "Q: 17 + 25" --max-tokens 30
     """
-    from moemerge.checkpoint.sizes import format_size
-    from moemerge.cli.answers import Answer, answer_prompt, open_engine
+    from moemerge.runner.options import EngineOptions
+
+    sampling = given(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    options = EngineOptions(dtype=dtype, device=device, resident=resident, max_batch=max_batch)
+    if source is None and target is None:
+        if prompt is None:
+            raise typer.BadParameter("a prompt or --input is needed", param_hint="PROMPT")
+        if not variants:
+            raise typer.BadParameter("is needed with a prompt", param_hint="--variant")
+        names = tuple(dict.fromkeys(variants))
+        # One answer after the other: nothing is prepared for many.
+        options = replace(options, variants=names, max_batch=1, pack=False)
+        settings = {"sampling": sampling, "max_tokens": max_tokens, "stop": tuple(stop or ())}
+        _run_prompt(bundle, prompt, variants, settings, options, chat=chat, quiet=quiet, as_json=as_json)
+        return
+    if source is None or target is None or prompt is not None or chat or len(variants or ()) > 1:
+        raise typer.BadParameter(
+            "goes with --output, without a prompt and --chat, and with at most one --variant",
+            param_hint="--input",
+        )
+    variant = variants[0] if variants else None
+    defaults = {**sampling, **given(max_tokens=max_tokens, stop=stop, variant=variant)}
+    _run_file(bundle, source, target, defaults, options, quiet=quiet, as_json=as_json)
+
+
+def _run_prompt(
+    folder: Path,
+    prompt: str,
+    variants: list[str],
+    settings: dict[str, Any],
+    options: "EngineOptions",
+    *,
+    chat: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    from moemerge.bundle.reader import open_bundle
     from moemerge.cli.inputs import read_prompt
+    from moemerge.runner.engine import Engine
     from moemerge.runner.sampling import Sampling
+    from moemerge.text.answers import answer
+    from moemerge.text.variants import BundleText
 
-    sampling = Sampling(temperature=temperature, seed=seed)
-    engine = open_engine(bundle, variants, dtype=dtype, device=device)
+    sampling = Sampling(**settings.pop("sampling"))
+    texts = BundleText(open_bundle(folder))
     text = read_prompt(prompt)
-    answers: list[Answer] = []
-    for name in variants:
-        if len(variants) > 1 and not as_json:
-            typer.echo(f"== {name}")
+    messages = [{"role": "user", "content": text}]
+    # Before the pool is loaded, so that what cannot be is known at once.
+    prompts = [texts.of(v).encode_chat(messages) if chat else texts.of(v).encode(text) for v in variants]
+    answers: list[dict[str, Any]] = []
 
-        def write(piece: str) -> None:
-            if not as_json:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-
-        answer = answer_prompt(engine, name, text, max_tokens=max_tokens, sampling=sampling, write=write)
-        answers.append(answer)
+    def write(piece: str) -> None:
         if not as_json:
-            typer.echo()
-        if not quiet and not as_json:
-            swap = answer.swap
-            rate = len(answer.token_ids) / answer.seconds if answer.seconds else 0.0
-            hint(
-                f"{name}: {format_size(swap.moved_bytes)} moved in {1000 * swap.seconds:.1f} ms, "
-                f"{format_size(swap.kept_bytes)} kept; {len(answer.token_ids)} tokens, {rate:.1f} tokens/s"
-            )
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    with closing(Engine(texts.bundle, options)) as engine:
+        for name, prompt_ids in zip(variants, prompts, strict=True):
+            if len(variants) > 1:
+                write(f"== {name}\n")
+            swap = engine.ensure_resident(name)
+            found = answer(engine, texts.of(name), prompt_ids, sampling=sampling, write=write, **settings)
+            write("\n")
+            if not quiet and not as_json:
+                _tell(swap, found)
+            moved = {"moved_bytes": swap.moved_bytes, "kept_bytes": swap.kept_bytes}
+            answers.append({**found.as_dict(), **moved, "swap_seconds": swap.seconds})
     if as_json:
-        print_json("run", {"prompt": text, "answers": [answer.as_dict() for answer in answers]})
+        print_json("run", {"prompt": text, "answers": answers})
+
+
+def _tell(swap: "Swap", answer: "Answer") -> None:
+    from moemerge.checkpoint.sizes import format_size
+
+    rate = len(answer.token_ids) / answer.seconds if answer.seconds else 0.0
+    hint(
+        f"{answer.variant}: {format_size(swap.moved_bytes)} moved in {1000 * swap.seconds:.1f} ms, "
+        f"{format_size(swap.kept_bytes)} kept; {len(answer.token_ids)} tokens, {rate:.1f} tokens/s"
+    )
+
+
+def _run_file(
+    folder: Path,
+    source: Path,
+    target: Path,
+    defaults: dict[str, Any],
+    options: "EngineOptions",
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    from moemerge.bundle.reader import open_bundle
+    from moemerge.runner.engine import Engine
+    from moemerge.text.request_files import RequestFile, run_request_file
+
+    bundle = open_bundle(folder)
+    requests = RequestFile(bundle, source, defaults=defaults, dtype=options.dtype)
+    num_lines = requests.check()
+    told = _Counter(num_lines, quiet=quiet or as_json)
+    begin = time.perf_counter()
+    with closing(Engine(bundle, replace(options, variants=requests.variants or None))) as engine:
+        report = run_request_file(engine, requests, target, on_result=told.tell)
+    seconds = time.perf_counter() - begin
+    if report.num_failed:
+        raise ServingError(
+            f"{target}: {report.num_failed} of {num_lines} lines ended with an error, told there"
+        )
+    if as_json:
+        print_json("run", {"output": str(target), **asdict(report), "seconds": seconds})
+    else:
+        typer.echo(f"Results: {target}")
+    if not quiet and not as_json:
+        rate = report.num_tokens / seconds if seconds else 0.0
+        before = f", {report.num_resumed} of them before" if report.num_resumed else ""
+        hint(f"{num_lines} lines{before}; {report.num_tokens} tokens, {rate:.1f} tokens/s")
+
+
+class _Counter:
+    """Says now and then how far a file is."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self._total = total
+        self._quiet = quiet
+        self._told = time.monotonic()
+
+    def tell(self, count: int) -> None:
+        """So many lines have results."""
+        if not self._quiet and time.monotonic() - self._told > _TELL_SECONDS:
+            self._told = time.monotonic()
+            hint(f"{count} of {self._total} lines")

@@ -3,7 +3,9 @@
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from moemerge.consolidation.recipe import options_of
 from moemerge.errors import InvalidRecipe, NotFound, UnsupportedCheckpoint
 from moemerge.evaluation.loading import average_models, load_model
 from moemerge.evaluation.perplexity import cut_windows, gain_recovered, mean_nll, perplexity
-from moemerge.models import Decoder
 from moemerge.refs import FolderRef
-from moemerge.runner.engine import Engine, Swap
-from moemerge.runner.sampling import Sampling
+from moemerge.runner.engine import Engine
+from moemerge.runner.options import EngineOptions
+from moemerge.runner.weights import Swap
+from moemerge.text.answers import answer
+from moemerge.text.variants import VariantText
 
 WINDOW_TOKENS = 256
 NUM_WINDOWS = 24
@@ -88,12 +92,15 @@ def run_demo(family: Path, out: Path, say: Callable[[str], None]) -> DemoReport:
 
     Raises:
         NotFound: The folder is not such a family.
+        UnsupportedCheckpoint: It is an encoder-decoder.
     """
     begin = time.perf_counter()
     names = sorted(path.stem for path in (family / "text").glob("*.txt"))
     if not names or not (family / "base").is_dir():
         raise NotFound(f"{family}: expected base, fine-tunes beside it, and text/<fine-tune>.txt")
     variants = open_variants({name: FolderRef(family / name) for name in names}, FolderRef(family / "base"))
+    if variants.first.family.arithmetic != "decoder":
+        raise UnsupportedCheckpoint("the demonstration measures perplexity: it needs a decoder-only family")
     windows = {name: _windows(variants.variants[name], family / "text" / f"{name}.txt") for name in names}
     say(f"measuring {len(names)} fine-tunes, their base and their average on held-out text")
     systems = _baselines(variants, windows)
@@ -129,11 +136,11 @@ def _baselines(variants: VariantSet, windows: Windows) -> list[System]:
     one = variants.first.expert_bytes
     base_model = load_model(variants.base)
     average = average_models(list(variants.variants.values()))
-    base_nll = {name: mean_nll(_decoder(base_model), cut) for name, cut in windows.items()}
+    base_nll = {name: mean_nll(base_model.forward, cut) for name, cut in windows.items()}
     own_nll = {
-        name: mean_nll(_decoder(load_model(variants.variants[name])), cut) for name, cut in windows.items()
+        name: mean_nll(load_model(variants.variants[name]).forward, cut) for name, cut in windows.items()
     }
-    average_nll = {name: mean_nll(_decoder(average), cut) for name, cut in windows.items()}
+    average_nll = {name: mean_nll(average.forward, cut) for name, cut in windows.items()}
     base = System(
         label="base alone", expert_bytes=one, ratio=1.0, nll=base_nll, gain=dict.fromkeys(windows, 0.0)
     )
@@ -155,29 +162,21 @@ def _system(
 
 
 def _measure_bundle(folder: Path, windows: Windows) -> dict[str, float]:
-    engine = Engine(open_bundle(folder), dtype="float32")
-    result = {}
-    for name, cut in windows.items():
-        engine.switch(name)
-        result[name] = mean_nll(_decoder(engine.model), cut)
-    return result
+    with closing(Engine(open_bundle(folder), EngineOptions(dtype="float32", max_batch=1))) as engine:
+        return {name: mean_nll(partial(engine.logits, name), cut) for name, cut in windows.items()}
 
 
 def _answer(folder: Path, texts: dict[str, Path]) -> tuple[dict[str, tuple[str, str]], list[Swap]]:
     """Each variant continues the beginning of a document of its own text."""
-    engine = Engine(open_bundle(folder))
+    bundle = open_bundle(folder)
     answers, swaps = {}, []
-    for name, path in texts.items():
-        tokenizer = load_tokenizer(lambda file, v=name: engine.bundle.side_file(v, file), name)  # type: ignore[misc]
-        swaps.append(engine.switch(name))
-        prompt = _prompt(_read_text(path))
-        tokens = engine.generate(
-            tokenizer.encode(prompt),
-            max_tokens=_ANSWER_TOKENS,
-            sampling=Sampling(),
-            stop_ids=tokenizer.stop_token_ids,
-        )
-        answers[name] = (prompt, tokenizer.decode(list(tokens)))
+    with closing(Engine(bundle, EngineOptions(resident="1", max_batch=1))) as engine:
+        for name, path in texts.items():
+            text = VariantText(bundle, name)
+            swaps.append(engine.ensure_resident(name))
+            prompt = _prompt(_read_text(path))
+            found = answer(engine, text, text.encode(prompt), max_tokens=_ANSWER_TOKENS)
+            answers[name] = (prompt, found.text)
     return answers, swaps
 
 
@@ -211,9 +210,3 @@ def _windows(checkpoint: Checkpoint, path: Path) -> list[list[int]]:
 
 def _tokenizer(checkpoint: Checkpoint) -> VariantTokenizer:
     return load_tokenizer(checkpoint.side_file, checkpoint.label)
-
-
-def _decoder(model: object) -> Decoder:
-    if not isinstance(model, Decoder):
-        raise UnsupportedCheckpoint("the demonstration measures perplexity: it needs a decoder-only family")
-    return model

@@ -79,10 +79,6 @@ class Sampling:
             _require_whole("a token id of logit_bias", token_id, 2**31 - 1)
             _require(f"logit_bias of token {token_id}", bias, -100, 100)
 
-    def generator(self) -> torch.Generator:
-        """A source of random numbers for one request."""
-        return torch.Generator().manual_seed(self.seed or 0)
-
     @property
     def has_penalties(self) -> bool:
         """Whether earlier tokens change what is likely."""
@@ -303,11 +299,3 @@ def _largest(values: Tensor, num: int) -> Tensor:
 def _indices(token_ids: Iterable[int], scores_V: Tensor) -> Tensor:
     """Token ids that the vocabulary has, as an index."""
     return torch.tensor([i for i in token_ids if i < len(scores_V)], dtype=torch.int64)
-
-
-def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token id; of equally likely ones the smallest when greedy."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    relative_V = logits_V.double().cpu() - logits_V.max().double().cpu()
-    return _draw(relative_V, sampling, float(torch.rand(1, generator=generator, dtype=torch.float64)))

@@ -15,7 +15,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from moemerge.checkpoint.tokenizer import FileLookup, load_json
-from moemerge.errors import DamagedInput, InvalidRecipe, NotFound
+from moemerge.errors import DamagedInput, InvalidRecipe
 from moemerge.text.sandbox import MAX_LENGTH, BoundedSandbox
 
 _MAX_TEMPLATE_BYTES = 2**20
@@ -120,20 +120,6 @@ def load_chat_template(find: FileLookup, where: str) -> ChatTemplate | None:
     if sum(map(len, sources.values())) > _MAX_TEMPLATE_BYTES:
         raise DamagedInput(f"{where}: the chat template is longer than {_MAX_TEMPLATE_BYTES} characters")
     return ChatTemplate(sources, _special_tokens(find, config), where)
-
-
-def require_chat_template(template: ChatTemplate | None, where: str) -> ChatTemplate:
-    """The template, for a variant that must have one.
-
-    Raises:
-        NotFound: It has none.
-    """
-    if template is None:
-        raise NotFound(
-            f"{where}: has no chat template. Ask it to continue a text, or put a chat_template.jinja next to "
-            f"the weights and build the bundle again"
-        )
-    return template
 
 
 def _special_tokens(find: FileLookup, config: Mapping[str, Any]) -> dict[str, str]:

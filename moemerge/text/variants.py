@@ -6,9 +6,9 @@ from typing import Any
 
 from moemerge.bundle.reader import Bundle
 from moemerge.checkpoint.tokenizer import VariantTokenizer, load_json, load_tokenizer
-from moemerge.errors import InvalidRecipe
+from moemerge.errors import InvalidRecipe, NotFound
 from moemerge.runner.sampling import Sampling
-from moemerge.text.templates import ChatTemplate, Message, load_chat_template, require_chat_template
+from moemerge.text.templates import ChatTemplate, Message, load_chat_template
 
 _RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -51,6 +51,20 @@ class VariantText:
         """
         return load_chat_template(self._find, self.where)
 
+    def require_chat_template(self) -> ChatTemplate:
+        """The chat template, for a variant that must have one.
+
+        Raises:
+            NotFound: It has none.
+            DamagedInput: It is not one.
+        """
+        if self.chat_template is None:
+            raise NotFound(
+                f"{self.where}: has no chat template. Ask it to continue a text, or put a "
+                f"chat_template.jinja next to the weights and build the bundle again"
+            )
+        return self.chat_template
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end its answers: those of its configuration, and its tokenizer's end of text."""
@@ -58,6 +72,11 @@ class VariantText:
         name = token.get("content") if isinstance(token, dict) else token
         token_id = self.tokenizer.id_of(name) if isinstance(name, str) else None
         return self.tokenizer.stop_token_ids | (frozenset() if token_id is None else {token_id})
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of prompts are below it."""
+        return int(self._settings["vocab_size"] or 0)
 
     @property
     def context_tokens(self) -> int | None:
@@ -92,7 +111,7 @@ class VariantText:
             NotFound: It has no chat template.
             InvalidRecipe: The template refuses the messages.
         """
-        return require_chat_template(self.chat_template, self.where).render(messages, **options)
+        return self.require_chat_template().render(messages, **options)
 
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
         """The token ids of `render_chat`; templates write special tokens themselves."""

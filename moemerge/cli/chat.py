@@ -1,0 +1,220 @@
+"""`moemerge chat`."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.sampling import (
+    MinPOption,
+    RepetitionOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    given,
+)
+from moemerge.errors import InvalidRecipe, MoemergeError
+
+if TYPE_CHECKING:
+    from moemerge.text.conversation import Conversation
+
+_HELP = "/variant NAME lets another variant answer, /reset forgets all turns, /quit or ctrl-D leaves"
+
+
+def chat(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to talk to.")],
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            "--variant", "-v", metavar="NAME", help="Who answers first; the bundle's first variant."
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="System message in front of all turns.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 512,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    resident: Annotated[
+        str, typer.Option("--resident", metavar="N|all|SIZE", help="Variants that may be in memory at once.")
+    ] = "all",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.", envvar="MOEMERGE_DEVICE")] = "cpu",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to the variants of a bundle, each through its own chat template.
+
+    Every line of standard input is a turn; /variant NAME switches, /reset begins anew, /quit leaves. Ctrl-C
+    stops an answer, twice the program. Without sampling options the variant's own recommendation counts.
+
+    Example: moemerge chat trio.moe -v code
+    """
+    from moemerge.bundle.reader import open_bundle
+    from moemerge.runner.engine import Engine
+    from moemerge.runner.options import EngineOptions
+    from moemerge.text.conversation import Conversation
+    from moemerge.text.variants import BundleText
+
+    wanted = given(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    texts = BundleText(open_bundle(bundle))
+    text = texts.of(variant or next(iter(texts.bundle.manifest.variants)))
+    text.require_chat_template()
+    options = EngineOptions(dtype=dtype, device=device, resident=resident, max_batch=1)
+    with closing(Engine(texts.bundle, options)) as engine:
+        conversation = Conversation(engine=engine, texts=texts, text=text, system=system)
+        talk = _Talk(conversation, wanted, max_tokens, tuple(stop or ()), quiet=quiet, as_json=as_json)
+        talk.begin()
+        for line in _lines(talk):
+            if not talk.take(line):
+                break
+    if as_json:
+        print_json("chat", {"turns": talk.turns})
+
+
+class _Talk:
+    """Lines in, answers out."""
+
+    def __init__(
+        self,
+        conversation: "Conversation",
+        wanted: dict[str, Any],
+        max_tokens: int,
+        stop: tuple[str, ...],
+        *,
+        quiet: bool,
+        as_json: bool,
+    ) -> None:
+        self.turns: list[dict[str, Any]] = []
+        self.is_interactive = sys.stdin.isatty()
+        self._conversation = conversation
+        self._wanted = wanted
+        self._max_tokens = max_tokens
+        self._stop = stop
+        self._quiet = quiet
+        self._as_json = as_json
+
+    @property
+    def prompt(self) -> str:
+        """In front of what is typed."""
+        return f"{self._conversation.text.name}> " if self.is_interactive else ""
+
+    def begin(self) -> None:
+        """Say who answers."""
+        if self.is_interactive and not self._quiet:
+            hint(f"{self._conversation.text.name} answers. {_HELP}")
+
+    def take(self, line: str) -> bool:
+        """Answer a line or follow a command; false to leave."""
+        if not line.strip():
+            return True
+        try:
+            if line.startswith("/"):
+                return self._follow(line[1:].split())
+            self._answer(line)
+        except MoemergeError as error:
+            if not self.is_interactive:
+                raise
+            hint(f"error: {error}")
+        return True
+
+    def _follow(self, words: list[str]) -> bool:
+        match words:
+            case ["quit"]:
+                return False
+            case ["reset"]:
+                self._conversation.reset()
+            case ["variant", name]:
+                self._conversation.choose(name)
+            case ["help"]:
+                hint(_HELP)
+            case _:
+                raise InvalidRecipe(f"/{' '.join(words)} is no command. {_HELP}")
+        return True
+
+    def _answer(self, line: str) -> None:
+        sampling = replace(self._conversation.text.recommended(), **self._wanted)
+        with _stopped_by_interrupt() as interrupt:
+            found = self._conversation.say(
+                line,
+                max_tokens=self._max_tokens,
+                sampling=sampling,
+                stop=self._stop,
+                write=self._write,
+                is_cancelled=lambda: interrupt.is_set,
+            )
+        self._write("\n")
+        self.turns.append({"prompt": line, **found.as_dict()})
+
+    def _write(self, piece: str) -> None:
+        if not self._as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+
+class _Interrupt:
+    """Whether ctrl-C was pressed."""
+
+    is_set = False
+
+    def note(self, number: int, frame: object) -> None:
+        """The first time it is only noted, so that no step is torn; the second time it counts."""
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
+
+
+@contextmanager
+def _stopped_by_interrupt() -> Iterator[_Interrupt]:
+    interrupt = _Interrupt()
+    before = signal.signal(signal.SIGINT, interrupt.note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lines(talk: _Talk) -> Iterator[str]:
+    """What is typed or piped in, until it ends."""
+    if not talk.is_interactive:
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    import readline  # noqa: F401 - makes `input` editable
+
+    warned = False
+    while True:
+        try:
+            line = input(talk.prompt)
+        except EOFError:
+            hint("")
+            return
+        except KeyboardInterrupt:
+            if warned:
+                raise
+            warned = True
+            hint("\nctrl-C again or /quit leaves")
+            continue
+        warned = False
+        yield line

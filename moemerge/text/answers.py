@@ -1,0 +1,150 @@
+"""Answers as text: one request from its submission to its last word."""
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moemerge.errors import ServingError
+from moemerge.runner.engine import Engine
+from moemerge.runner.request import FinishReason, Output, Request, TokenLogprob
+from moemerge.runner.sampling import Sampling
+from moemerge.text.streaming import StreamingText
+from moemerge.text.variants import VariantText
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a variant answered.
+
+    Attributes:
+        token_ids: Tokens of the answer, of a stop string too, without the stop token.
+        finish_reason: `stop`, `length`, or `cancelled`.
+        seconds: Time of generation, the prompt included.
+    """
+
+    variant: str
+    text: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    finish_reason: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "variant": self.variant,
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.num_prompt_tokens,
+            "seconds": self.seconds,
+        }
+
+
+class RunningAnswer:
+    """An answer while its tokens come: their text, and whether it has ended.
+
+    When it ends by a stop string, the engine does not know: cancel the request.
+
+    Attributes:
+        request: What was asked.
+        text: The text so far.
+        token_ids: The tokens so far.
+        logprobs: Their log-probabilities, if asked for.
+        finish_reason: Why it has ended; None while it goes on.
+        error: What went wrong, with the reason `error`.
+    """
+
+    def __init__(self, request: Request, text: VariantText, stop: Sequence[str] = ()) -> None:
+        self.request = request
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self._stream = StreamingText(
+            text.tokenizer,
+            text.context_of_answer(request.prompt_ids),
+            stop=stop,
+            min_tokens=request.min_tokens,
+        )
+
+    def add(self, output: Output) -> str:
+        """The text that an output of the engine makes certain."""
+        if self.finish_reason is not None:
+            return ""
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs
+        piece = self._stream.add(output.token_ids)
+        if output.finish is not None:
+            piece += self._stream.finish()
+            self.finish_reason, self.error = output.finish.value, output.error
+        if self._stream.stopped_by is not None:
+            self.finish_reason = FinishReason.STOP.value
+        self.text += piece
+        return piece
+
+    def fail(self, error: str) -> None:
+        """The request cannot be answered."""
+        self.finish_reason, self.error = FinishReason.ERROR.value, error
+
+
+def answer(
+    engine: Engine,
+    text: VariantText,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    write: Callable[[str], None] = lambda piece: None,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> Answer:
+    """Let a variant answer; nothing else may be under way in the engine.
+
+    Args:
+        engine: Serves the variant.
+        text: The variant's.
+        prompt_ids: What it continues.
+        max_tokens: Longest answer.
+        sampling: How tokens are chosen; greedy by default.
+        stop: Strings that end the answer.
+        write: Gets the text piece by piece.
+        is_cancelled: Asked after every step; true ends the answer.
+
+    Raises:
+        InvalidRecipe, NotFound: The engine refuses the request.
+        ServingError: The answer failed.
+    """
+    request = Request(
+        request_id=uuid.uuid4().hex,
+        variant=text.name,
+        prompt_ids=tuple(prompt_ids),
+        max_tokens=max_tokens,
+        sampling=sampling or Sampling(),
+        stop_ids=text.stop_ids,
+    )
+    running = RunningAnswer(request, text, stop)
+    begin = time.perf_counter()
+    engine.submit(request)
+    try:
+        while running.finish_reason is None:
+            for output in engine.step():
+                if output.request_id == request.request_id:
+                    write(running.add(output))
+            if is_cancelled():
+                engine.cancel(request.request_id)
+    finally:
+        engine.cancel(request.request_id)
+    if running.error is not None:
+        raise ServingError(f"{text.where}: {running.error}")
+    return Answer(
+        variant=text.name,
+        text=running.text,
+        token_ids=tuple(running.token_ids),
+        num_prompt_tokens=len(prompt_ids),
+        finish_reason=running.finish_reason,
+        seconds=time.perf_counter() - begin,
+    )
