@@ -63,7 +63,7 @@ def chat(
     Every line of standard input is a turn; /variant NAME switches, /reset begins anew, /quit leaves. Ctrl-C
     stops an answer, twice the program. Without sampling options the variant's own recommendation counts.
 
-    Example: moemerge chat trio.moe -v code
+    Example: moemerge chat duo.moe -v sums
     """
     from moemerge.bundle.reader import open_bundle
     from moemerge.runner.engine import Engine

@@ -33,7 +33,7 @@ _TELL_SECONDS = 5.0
 def run(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to run.")],
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="Text to continue, or - for standard input.")
+        str | None, typer.Argument(metavar="PROMPT", help="Text to continue, or - for standard input.")
     ] = None,
     variants: Annotated[
         list[str] | None,
