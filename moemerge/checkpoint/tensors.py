@@ -7,7 +7,7 @@ what its buffers take. The runner maps bundles by itself (`map_tensors`).
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -129,6 +129,17 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         aligned = window if tensor.start % dtype.itemsize == 0 else window.clone()
         mapped[name] = aligned.view(dtype).view(tensor.shape)
     return mapped
+
+
+def require_mapped(tensor: StoredTensor) -> None:
+    """Make sure that a mapped tensor can be read; reading behind the end of a file would end the process.
+
+    Raises:
+        DamagedInput: The file has become shorter since it was mapped.
+    """
+    with suppress(FileNotFoundError):  # one that was deleted stays as it was for those who mapped it
+        if tensor.path.stat().st_size < tensor.start + tensor.nbytes:
+            raise DamagedInput(f"{tensor.path}: ends within tensor {tensor.name}; was it changed just now?")
 
 
 def torch_dtype(tensor: StoredTensor) -> torch.dtype:

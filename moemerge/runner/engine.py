@@ -30,7 +30,7 @@ from moemerge.runner.options import (
 from moemerge.runner.pool import load_pool
 from moemerge.runner.request import FinishReason, Output, Request
 from moemerge.runner.residency import Residency
-from moemerge.runner.residents import Residents
+from moemerge.runner.residents import LoadingFailed, Residents
 from moemerge.runner.sampling import Sampling
 from moemerge.runner.scheduler import Scheduler, Work
 from moemerge.runner.weights import Swap, WeightStore
@@ -145,7 +145,7 @@ class Engine:
             self._answers.choose(results)
             self._note_step(plan.work, time.perf_counter() - begin_s)
         elif self._residents.is_loading:
-            self._residents.receive(time.perf_counter(), _LOADING_WAIT_S)
+            self._residents.wait(_LOADING_WAIT_S)
         elif self.scheduler.has_work and not self._answers.has_untold:
             time.sleep(_IDLE_WAIT_S)  # whoever is resident may stay a moment longer
         return self._answers.take_untold()
@@ -239,8 +239,7 @@ class Engine:
             NotFound: It is not served.
         """
         self.limits_of(variant)
-        for sequence in [s for s in self._answers.sequences.values() if s.variant == variant]:
-            self._answers.end(sequence, FinishReason.ERROR, error=f"variant {variant} was removed")
+        self._end_all_of(variant, f"variant {variant} was removed")
         self._residents.remove(variant, time.perf_counter())
         self._intake.close(variant)
 
@@ -250,9 +249,10 @@ class Engine:
         Raises:
             NotFound: It is not served.
             InvalidRecipe: There is no room because others are busy or pinned.
+            LoadingFailed: Its tensors cannot be had.
         """
         self.limits_of(variant)
-        return self._residents.ensure(variant, time.perf_counter())
+        return self._residents.ensure(variant, self.scheduler.demand(), time.perf_counter())
 
     def preload(self) -> None:
         """Make variants resident, in their order in the bundle, as long as all of them fit."""
@@ -265,19 +265,14 @@ class Engine:
         """Make a variant resident and keep it.
 
         Raises:
-            NotFound, InvalidRecipe: As `ensure_resident`; or no room would be left for the others.
+            NotFound, InvalidRecipe, LoadingFailed: As `ensure_resident`; or no room would be left for the
+                others.
         """
         self.limits_of(variant)
-        pinned = self._residents.residency.pinned
-        if variant in pinned:
-            return
-        pinned.add(variant)
-        try:
-            self._check_residency(self._intake.limits, pinned)
-            self.ensure_resident(variant)
-        except InvalidRecipe:
-            pinned.discard(variant)
-            raise
+        residency = self._residents.residency
+        self._check_residency(self._intake.limits, {*residency.pinned, variant})
+        self.ensure_resident(variant)
+        residency.pin(variant)
 
     def unpin(self, variant: str) -> None:
         """Keep a variant no more than others.
@@ -286,7 +281,7 @@ class Engine:
             NotFound: It is not served.
         """
         self.limits_of(variant)
-        self._residents.residency.pinned.discard(variant)
+        self._residents.residency.unpin(variant)
 
     # State
 
@@ -328,8 +323,7 @@ class Engine:
             "a request got lost"
         )
         self._blocks.verify_integrity([table for s in sequences for table in s.tables])
-        while self._residents.is_loading:
-            self._residents.receive(time.perf_counter(), _LOADING_WAIT_S)
+        self._residents.settle(time.perf_counter())
         self._store.verify_integrity(self._residents.residency.residents)
         self._pool.verify_integrity()
 
@@ -354,12 +348,17 @@ class Engine:
                 )
 
     def _move_variants(self, now_s: float) -> None:
-        emptied = self._residents.advance(self.scheduler.demand(), now_s)
-        if emptied is None:
+        try:
+            emptied = self._residents.advance(self.scheduler.demand(), now_s)
+        except LoadingFailed as failed:
+            self._end_all_of(failed.variant, str(failed))
             return
-        for sequence in [s for s in self.scheduler.running if s.variant == emptied]:
-            self.scheduler.preempt(sequence, now_s)
-            self._answers.figures[emptied].preemptions += 1
+        if emptied is not None:
+            self._answers.figures[emptied].preemptions += len(self.scheduler.empty(emptied, now_s))
+
+    def _end_all_of(self, variant: str, error: str) -> None:
+        for sequence in [s for s in self._answers.sequences.values() if s.variant == variant]:
+            self._answers.end(sequence, FinishReason.ERROR, error=error)
 
     def _note_swap(self, swap: Swap) -> None:
         figures = self._answers.figures[swap.variant]
@@ -367,10 +366,12 @@ class Engine:
         figures.swap_bytes += swap.moved_bytes
         figures.swap_seconds += swap.seconds
         now_s = time.perf_counter()
+        absent_since_s = self._residents.residency.absent_since_s(swap.variant)
         for sequence in self.scheduler.sequences():
             if sequence.variant == swap.variant:
-                sequence.stall_s += now_s - sequence.queued_s
-                figures.stall_s += now_s - sequence.queued_s
+                waited_s = now_s - max(sequence.queued_s, absent_since_s)
+                sequence.stall_s += waited_s
+                figures.stall_s += waited_s
 
     def _note_step(self, work: Iterable[Work], seconds: float) -> None:
         steps = self._steps

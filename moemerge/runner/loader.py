@@ -20,7 +20,8 @@ class Loader:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._jobs: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self._result: Result | None = None
+        self._is_done = threading.Event()
         self._thread: threading.Thread | None = None
         self.current: Transfer | None = None
 
@@ -31,22 +32,26 @@ class Loader:
             self._thread = threading.Thread(target=self._work, name="moemerge-loader", daemon=True)
             self._thread.start()
         self.current = transfer
+        self._is_done.clear()
         self._jobs.put(transfer)
 
-    def poll(self, timeout_s: float = 0.0) -> Swap | None:
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the transfer under way is done, at most so long."""
+        if self.current is not None:
+            self._is_done.wait(timeout_s)
+
+    def poll(self) -> Swap | None:
         """What the transfer took, once it is done; None while it is not.
 
         Raises:
             Exception: What went wrong in the copying.
         """
-        try:
-            result = self._results.get(timeout=timeout_s) if timeout_s else self._results.get_nowait()
-        except queue.Empty:
+        if self.current is None or not self._is_done.is_set():
             return None
         self.current = None
-        if isinstance(result, Exception):
-            raise result
-        return result
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
 
     def close(self) -> None:
         """End the thread, after the transfer under way."""
@@ -64,6 +69,7 @@ class Loader:
                     swap = transfer.carry_out()
                 if stream is not None:
                     stream.synchronize()
-                self._results.put(swap)
+                self._result = swap
             except Exception as error:  # told to the engine, whose thread raises it
-                self._results.put(error)
+                self._result = error
+            self._is_done.set()

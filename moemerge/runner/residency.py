@@ -5,7 +5,8 @@ engine carries out and reports back with `loaded`. Never set aside: a variant th
 has running sequences. Among idle ones the least popular goes first, popularity being requests that count
 half after `half_life_s`; none goes before it was there for `min_hold_s`, unless a request has waited for
 `patience_s`. When all are busy, the one with the least work left drains for the variant that has waited
-longest, and is emptied by preemption if that takes longer than `drain_s`.
+longest, and is emptied by preemption if that takes longer than `drain_s`; but each of its sequences gets a
+token first. A variant that was set aside waits anew from then on, so that all have their turn.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -91,6 +92,7 @@ class Residency:
     pinned: set[str] = field(default_factory=set)
     loading: str | None = None
     _residents: dict[str, _Resident] = field(default_factory=dict)
+    _absent_since_s: dict[str, float] = field(default_factory=dict)
     _popularity: dict[str, _Popularity] = field(default_factory=dict)
 
     # Events
@@ -123,9 +125,20 @@ class Residency:
         assert self.loading == variant
         self.loading = None
 
-    def evicted(self, variant: str) -> None:
+    def evicted(self, variant: str, now_s: float) -> None:
         """Its tensors were set aside."""
         del self._residents[variant]
+        self._absent_since_s[variant] = now_s
+
+    def pin(self, variant: str) -> None:
+        """It is to stay."""
+        self.pinned.add(variant)
+        if variant in self._residents:
+            self._residents[variant].draining_since_s = None
+
+    def unpin(self, variant: str) -> None:
+        """It may be set aside like others."""
+        self.pinned.discard(variant)
 
     # Questions
 
@@ -156,6 +169,10 @@ class Residency:
         halvings: float = 0.5 ** ((now_s - known.as_of_s) / self.patience.half_life_s)
         return known.value * halvings
 
+    def absent_since_s(self, variant: str) -> float:
+        """When the variant was last set aside; minus infinity when it never was."""
+        return self._absent_since_s.get(variant, float("-inf"))
+
     # The decision
 
     def plan(self, demand: Mapping[str, Demand], now_s: float) -> Moves:
@@ -165,62 +182,64 @@ class Residency:
             demand: Of the variants that have work.
             now_s: Time of the decision, on the clock of the demand.
         """
-        wanted = self._next_wanted(demand)
+        waiting_since_s = {
+            name: max(known.waiting_since_s, self.absent_since_s(name))
+            for name, known in demand.items()
+            if known.waiting and self.presence(name) is Presence.ABSENT
+        }
+        wanted = min(waiting_since_s, key=lambda name: waiting_since_s[name], default=None)
         if wanted is None:
             self._reopen_all()
             return Moves()
         if self.loading is not None:
             return Moves()
-        evict: list[str] = []
-        while not self.fits([*(name for name in self._residents if name not in evict), wanted]):
-            victim = self._idle_victim(demand, evict, now_s, demand[wanted])
-            if victim is None:
-                return self._drain(demand, now_s, demand[wanted])
-            evict.append(victim)
+        is_impatient = now_s - waiting_since_s[wanted] >= self.patience.patience_s
+        evict = self.find_room(wanted, demand, now_s, is_impatient=is_impatient)
+        if evict is None:
+            return self._drain(demand, now_s, is_impatient=is_impatient)
         return Moves(evict=tuple(evict), load=wanted)
 
-    def _next_wanted(self, demand: Mapping[str, Demand]) -> str | None:
-        """Of the absent variants with waiting requests the one that has waited longest."""
-        absent = [name for name in demand if demand[name].waiting and self.presence(name) is Presence.ABSENT]
-        return min(absent, key=lambda name: demand[name].waiting_since_s, default=None)
-
-    def _idle_victim(
-        self, demand: Mapping[str, Demand], evict: list[str], now_s: float, waiter: Demand
-    ) -> str | None:
-        is_impatient = now_s - waiter.waiting_since_s >= self.patience.patience_s
-        idle = [
-            name
-            for name, resident in self._residents.items()
-            if name not in self.pinned
-            and name not in evict
-            and self._is_idle(name, demand)
-            and (is_impatient or now_s - resident.loaded_s >= self.patience.min_hold_s)
-        ]
-        return min(idle, key=lambda name: self.popularity(name, now_s), default=None)
+    def find_room(
+        self, variant: str, demand: Mapping[str, Demand], now_s: float, *, is_impatient: bool = True
+    ) -> list[str] | None:
+        """Idle variants to set aside so that this one fits; None if that is not enough."""
+        evict: list[str] = []
+        while not self.fits([*(name for name in self._residents if name not in evict), variant]):
+            idle = [
+                name
+                for name, resident in self._residents.items()
+                if name not in self.pinned
+                and name not in evict
+                and self._is_idle(name, demand)
+                and (is_impatient or now_s - resident.loaded_s >= self.patience.min_hold_s)
+            ]
+            if not idle:
+                return None
+            evict.append(min(idle, key=lambda name: self.popularity(name, now_s)))
+        return evict
 
     def _is_idle(self, name: str, demand: Mapping[str, Demand]) -> bool:
         known = demand.get(name, NO_DEMAND)
         is_draining = self._residents[name].draining_since_s is not None
         return known.running == 0 and (known.waiting == 0 or is_draining)
 
-    def _drain(self, demand: Mapping[str, Demand], now_s: float, waiter: Demand) -> Moves:
-        draining = [n for n, resident in self._residents.items() if resident.draining_since_s is not None]
-        for name in draining:
-            since_s = self._residents[name].draining_since_s
-            is_running = demand.get(name, NO_DEMAND).running > 0
-            if since_s is not None and is_running and now_s - since_s >= self.patience.drain_s:
-                return Moves(empty=name)
-        if draining or now_s - waiter.waiting_since_s < self.patience.patience_s:
-            return Moves()
+    def _drain(self, demand: Mapping[str, Demand], now_s: float, *, is_impatient: bool) -> Moves:
+        """Go on with the variant that drains; let one begin to, when there is none and somebody must go."""
+        for name, resident in self._residents.items():
+            known = demand.get(name, NO_DEMAND)
+            if resident.draining_since_s is not None and known.running:
+                is_over = now_s - resident.draining_since_s >= self.patience.drain_s
+                return Moves(empty=name if is_over and not known.fresh else None)
         busy = [
             name
             for name, resident in self._residents.items()
             if name not in self.pinned
+            and resident.draining_since_s is None
             and resident.has_computed  # or two variants could drive each other out for ever
             and now_s - resident.loaded_s >= self.patience.min_hold_s
         ]
-        victim = min(busy, key=lambda n: demand.get(n, NO_DEMAND).remaining_tokens, default=None)
-        if victim is not None:
+        if busy and is_impatient:
+            victim = min(busy, key=lambda name: demand.get(name, NO_DEMAND).remaining_tokens)
             self._residents[victim].draining_since_s = now_s
         return Moves()
 

@@ -1,9 +1,10 @@
 """Carries out what residency decides: sets variants aside, loads others beside the computing."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 
-from moemerge.errors import InvalidRecipe
+from moemerge.errors import InvalidRecipe, MoemergeError, ServingError
 from moemerge.runner.forward import Forward
 from moemerge.runner.loader import Loader
 from moemerge.runner.residency import Residency
@@ -11,7 +12,18 @@ from moemerge.runner.scheduler import Demand
 from moemerge.runner.weights import Swap, WeightStore
 
 _LOG = logging.getLogger(__name__)
-_LONGEST_WAIT_S = 3600.0
+
+
+class LoadingFailed(ServingError):
+    """A variant's tensors could not be brought into device memory.
+
+    Attributes:
+        variant: Which one.
+    """
+
+    def __init__(self, variant: str, reason: Exception) -> None:
+        super().__init__(f"variant {variant} could not be loaded: {reason}")
+        self.variant = variant
 
 
 class Residents:
@@ -36,26 +48,35 @@ class Residents:
 
         Returns:
             A draining variant whose running sequences are to be preempted now, if any.
+
+        Raises:
+            LoadingFailed: The variant on its way, or the one that was to begin, cannot be had.
         """
         self.receive(now_s)
         moves = self.residency.plan(demand, now_s)
-        for variant in moves.evict:
-            self._evict(variant)
         if moves.load is not None:
-            self._begin(moves.load)
+            self._begin(moves.load, moves.evict, now_s)
         return moves.empty
 
-    def receive(self, now_s: float, timeout_s: float = 0.0) -> Swap | None:
-        """Install the variant on its way if its copies are made, waiting for them at most `timeout_s`."""
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the copies for the variant on its way are made, at most so long."""
+        self._loader.wait(timeout_s)
+
+    def receive(self, now_s: float) -> Swap | None:
+        """Install the variant on its way if its copies are made.
+
+        Raises:
+            LoadingFailed: They could not be made.
+        """
         transfer = self._loader.current
         if transfer is None:
             return None
         try:
-            swap = self._loader.poll(timeout_s)
-        except Exception:
+            swap = self._loader.poll()
+        except Exception as error:
             self.residency.failed(transfer.variant)
             self.store.release(transfer.variant)
-            raise
+            raise LoadingFailed(transfer.variant, error) from error
         if swap is None:
             return None
         self.store.finish(transfer)
@@ -65,46 +86,59 @@ class Residents:
         _LOG.debug("%s is resident: %d bytes in %.4f s", swap.variant, swap.moved_bytes, swap.seconds)
         return swap
 
-    def ensure(self, variant: str, now_s: float) -> Swap:
+    def settle(self, now_s: float) -> None:
+        """Wait for the variant on its way; who needs it is told if it cannot be had."""
+        self.wait()
+        with suppress(LoadingFailed):
+            self.receive(now_s)
+
+    def ensure(self, variant: str, demand: Mapping[str, Demand], now_s: float) -> Swap:
         """Make a variant resident now, at the cost of idle ones.
 
         Raises:
             InvalidRecipe: There is no room because others are busy or pinned.
+            LoadingFailed: Its tensors cannot be had.
         """
-        while self.is_loading:
-            self.receive(now_s, _LONGEST_WAIT_S)
+        self.settle(now_s)
         if variant in self.residency.residents:
-            kept = self.store.set_bytes([variant])
+            kept = self.store.stored_bytes(variant)
             return Swap(variant=variant, moved_bytes=0, kept_bytes=kept, seconds=0.0)
-        # Nobody has waited longer than somebody who has waited for ever.
-        moves = self.residency.plan({variant: Demand(waiting=1, waiting_since_s=float("-inf"))}, now_s)
-        for idle in moves.evict:
-            self._evict(idle)
-        if moves.load != variant:
-            raise InvalidRecipe(f"there is no room for variant {variant} beside those that are pinned")
-        self._begin(variant)
-        swap = self.receive(now_s, _LONGEST_WAIT_S)
+        evict = self.residency.find_room(variant, demand, now_s)
+        if evict is None:
+            raise InvalidRecipe(f"there is no room for variant {variant} beside those busy or pinned")
+        self._begin(variant, evict, now_s)
+        self.wait()
+        swap = self.receive(now_s)
         assert swap is not None
         return swap
 
     def remove(self, variant: str, now_s: float) -> None:
         """Forget a variant that nobody uses any more."""
-        while self.residency.loading == variant:
-            self.receive(now_s, _LONGEST_WAIT_S)
+        if self.residency.loading == variant:
+            self.settle(now_s)
         if variant in self.residency.residents:
-            self._evict(variant)
-        self.residency.pinned.discard(variant)
+            self._uninstall(variant, now_s)
+            self.store.release(variant)
+        self.residency.unpin(variant)
         self.store.forget(variant)
 
     def close(self) -> None:
         """End the loader's thread."""
         self._loader.close()
 
-    def _begin(self, variant: str) -> None:
+    def _begin(self, variant: str, evict: Collection[str], now_s: float) -> None:
+        """Set some variants aside and load another one in their place."""
+        for idle in evict:
+            self._uninstall(idle, now_s)
+        try:
+            transfer = self.store.prepare(variant, instead_of=evict)
+        except MoemergeError as error:
+            for idle in evict:
+                self.store.release(idle)
+            raise LoadingFailed(variant, error) from error
         self.residency.begin_loading(variant)
-        self._loader.start(self.store.prepare(variant))
+        self._loader.start(transfer)
 
-    def _evict(self, variant: str) -> None:
-        self.residency.evicted(variant)
+    def _uninstall(self, variant: str, now_s: float) -> None:
+        self.residency.evicted(variant, now_s)
         self._forward.uninstall(variant)
-        self.store.release(variant)

@@ -8,8 +8,9 @@
 
 Between variants admission is fair by token counters (VTC, Sheng et al., OSDI 2024): the waiting variant
 with the least weighted service goes first, and one that comes back starts no lower than the least busy.
-A request that has waited for `max_wait_s` goes before all others, and takes the place of the most served
-variant's youngest sequence if there is no room.
+A request that has waited for `max_wait_s` goes before all others; if its variant has nothing running, it
+takes the place of the most served variants' youngest sequences. No admission is in vain: but for want of
+blocks, a sequence is only preempted after it got a token more.
 """
 
 from collections import deque
@@ -92,12 +93,14 @@ class Demand:
         waiting: Sequences that cannot go on before they are admitted.
         waiting_since_s: When the first of them began to wait; infinite when there is none.
         running: Sequences with blocks.
+        fresh: Those of them that have not gained a token since they were admitted.
         remaining_tokens: Tokens that the running ones may still take.
     """
 
     waiting: int = 0
     waiting_since_s: float = float("inf")
     running: int = 0
+    fresh: int = 0
     remaining_tokens: int = 0
 
 
@@ -139,6 +142,13 @@ class Scheduler:
         sequence.forget()
         sequence.queued_s = now_s
         self._waiting.setdefault(sequence.variant, deque()).appendleft(sequence)
+
+    def empty(self, variant: str, now_s: float) -> list[Sequence]:
+        """Preempt all sequences of a variant; they keep their order."""
+        emptied = [sequence for sequence in self.running if sequence.variant == variant]
+        for sequence in reversed(emptied):
+            self.preempt(sequence, now_s)
+        return emptied
 
     def computed(self, plan: StepPlan) -> None:
         """The step was done; the tokens count as served."""
@@ -183,6 +193,7 @@ class Scheduler:
                 known.waiting,
                 known.waiting_since_s,
                 known.running + 1,
+                known.fresh + (not sequence.has_gained),
                 known.remaining_tokens + sequence.num_left + sequence.num_pending,
             )
         return demand
@@ -201,6 +212,7 @@ class Scheduler:
         left = set(resident)
         while stepping := self._choose_variants(now_s, left):
             opening = [variant for variant in stepping if variant in open_to]
+            step.is_short_of_blocks = False
             self._make_room_for_overdue(now_s, opening, step)
             self._continue(stepping, step, now_s, is_prefill=False)
             self._continue(stepping, step, now_s, is_prefill=True)
@@ -246,8 +258,9 @@ class Scheduler:
         """Give a running sequence its blocks, at the cost of younger ones that this step has not used."""
         end = sequence.num_computed + num_tokens
         while not self.blocks.can_grow(sequence.table, end):
+            step.is_short_of_blocks = True
             idle = [s for s in self.running if s.number not in step.numbers]
-            victim = max(idle, key=lambda s: (s.admitted_s or 0.0, s.number))
+            victim = max(idle, key=lambda s: (s.running_since_s, s.number))
             if victim is sequence and step.work:
                 return False  # it keeps what it has and goes on when the others have finished
             self._preempt(victim, step, now_s)
@@ -257,15 +270,18 @@ class Scheduler:
         return True
 
     def _admit(self, stepping: Collection[str], opening: list[str], step: "_Step", now_s: float) -> None:
-        """Let waiting sequences in while there is room for the next in line."""
+        """Let waiting sequences in while there is room for the next in line and all running ones have it."""
+        if step.is_short_of_blocks:
+            return
         num_stepping = sum(sequence.variant in stepping for sequence in self.running)
         while step.tokens_left > 0 and num_stepping < self.limits.max_batch:
             head = self._next_in_line(opening, now_s, step)
-            if head is None or not self._fits(head) or (head.num_to_encode > step.tokens_left and step.work):
+            if head is None or not self._fits(head) or (head.num_to_encode >= step.tokens_left and step.work):
                 return
             self._waiting[head.variant].popleft()
             head.state = State.RUNNING
-            head.admitted_s = now_s
+            head.running_since_s = now_s
+            head.admitted_s = now_s if head.admitted_s is None else head.admitted_s
             self.running.append(head)
             num_stepping += 1
             self.blocks.grow(head.cross_table, len(head.source_ids))
@@ -280,21 +296,21 @@ class Scheduler:
             return first if first in heads else None
         overdue = [head for head in heads if now_s - head.queued_s >= self.limits.max_wait_s]
         if overdue:
-            return min(overdue, key=lambda s: (s.queued_s, s.number))
+            served = {sequence.variant for sequence in self.running}
+            return min(overdue, key=lambda s: (s.variant in served, s.queued_s, s.number))
         return min(heads, key=lambda s: (self._served[s.variant], s.number), default=None)
 
     def _make_room_for_overdue(self, now_s: float, opening: list[str], step: "_Step") -> None:
-        """An overdue request that finds no room gets that of the most served variant's youngest."""
+        """An overdue request whose variant has nothing running gets the room of others."""
         head = self._next_in_line(opening, now_s, step) if self.policy is Policy.MIXED else None
         if head is None or now_s - head.queued_s < self.limits.max_wait_s:
             return
-        others = [s for s in self.running if s.variant != head.variant]
+        if any(s.variant == head.variant for s in self.running):
+            return
+        others = [s for s in self.running if s.has_gained]
+        others.sort(key=lambda s: (self._served[s.variant], s.running_since_s, s.number))
         while others and (len(self.running) >= self.limits.max_batch or not self._fits(head)):
-            victim = max(others, key=lambda s: (self._served[s.variant], s.admitted_s or 0.0, s.number))
-            if self._served[victim.variant] <= self._served[head.variant]:
-                return
-            others.remove(victim)
-            self._preempt(victim, step, now_s)
+            self._preempt(others.pop(), step, now_s)
 
     def _preempt(self, sequence: Sequence, step: "_Step", now_s: float) -> None:
         self.preempt(sequence, now_s)
@@ -327,6 +343,7 @@ class _Step:
         self.work: list[Work] = []
         self.numbers: set[int] = set()
         self.preempted: list[Sequence] = []
+        self.is_short_of_blocks = False
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
         self.work.append(Work(sequence, num_tokens, encode=sequence.num_to_encode > 0))

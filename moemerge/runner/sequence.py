@@ -28,7 +28,8 @@ class Sequence:
         num_computed: How many of `tokens` have keys and values in `table`.
         is_encoded: The encoder's keys and values are in `cross_table`.
         queued_s: When it began to wait for its turn, anew after a preemption.
-        stalled_s: Since when it waits for its variant to become resident; None when it does not.
+        admitted_s: When it was first taken into a batch; `running_since_s`: when it was last.
+        stall_s: Time it has waited for its variant to become resident.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Sequence:
     num_computed: int = 0
     is_encoded: bool = False
     admitted_s: float | None = None
+    running_since_s: float = 0.0
     first_token_s: float | None = None
     last_token_s: float | None = None
     stall_s: float = 0.0
@@ -75,6 +77,11 @@ class Sequence:
     def num_to_encode(self) -> int:
         """Tokens that the encoder must still read, all in one step."""
         return 0 if self.is_encoded else len(self.source_ids)
+
+    @property
+    def has_gained(self) -> bool:
+        """It has a token more than when it was admitted, so that stopping it now does not undo all of it."""
+        return self.last_token_s is not None and self.last_token_s >= self.running_since_s
 
     @property
     def is_prefilling(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moemerge.bundle.reader import Bundle
 from moemerge.checkpoint.headers import StoredTensor
-from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors
+from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors, require_mapped
 from moemerge.errors import DamagedBundle
 from moemerge.models.products import can_pack, pack
 from moemerge.models.weights import is_only_multiplied
@@ -61,11 +61,17 @@ class Transfer:
         return sum(place.nbytes for place, *_ in (*self.copies, *self.packs))
 
     def carry_out(self) -> Swap:
-        """Copy everything, in the order of the layers; may run on another thread."""
+        """Copy everything, in the order of the layers; may run on another thread.
+
+        Raises:
+            DamagedInput: A file of the bundle has become shorter.
+        """
         begin = time.perf_counter()
-        for _, source, target in self.copies:
+        for place, source, target in self.copies:
+            require_mapped(place)
             _copy(source, target)
         for place, source in self.packs:
+            require_mapped(place)
             self.packed[place] = pack(source)
         return Swap(
             variant=self.variant,
@@ -127,25 +133,40 @@ class WeightStore:
         distinct = {tensor for variant in variants for tensor in self._placements[variant].values()}
         return sum(tensor.num_elements for tensor in distinct) * self.dtype.itemsize
 
+    def stored_bytes(self, variant: str) -> int:
+        """Bytes that a variant's tensors take in the bundle."""
+        return sum(tensor.nbytes for tensor in set(self._placements[variant].values()))
+
     def weights(self, variant: str) -> dict[str, Tensor]:
         """Tensors of a resident variant by role."""
         return {role: self._held[place] for role, place in self._placements[variant].items()}
 
-    def prepare(self, variant: str) -> Transfer:
-        """Memory for a variant and the copies that fill it; nobody may use it before they are made."""
+    def prepare(self, variant: str, instead_of: Collection[str] = ()) -> Transfer:
+        """Memory for a variant and the copies that fill it; nobody may use it before they are made.
+
+        Args:
+            variant: Not held yet.
+            instead_of: Held variants to set aside for it; what they share with it stays where it is.
+
+        Raises:
+            DamagedInput, NotFound: A file of the bundle cannot be mapped.
+        """
         placement = self._placements[variant]
         places = list(dict.fromkeys(placement.values()))
         missing = [place for place in places if place not in self._held]
+        sources = {place: self._source(place) for place in missing}
         packs = self._to_be_packed(placement).intersection(missing)
+        for place in places:
+            self._users[place].add(variant)
+        for held in instead_of:
+            self.release(held)
         for place in missing:
             if place not in packs:
                 self._held[place] = self._take(torch.Size(place.shape))
-        for place in places:
-            self._users[place].add(variant)
         return Transfer(
             variant,
-            tuple((place, self._source(place), self._held[place]) for place in missing if place not in packs),
-            tuple((place, self._source(place)) for place in missing if place in packs),
+            tuple((place, sources[place], self._held[place]) for place in missing if place not in packs),
+            tuple((place, sources[place]) for place in missing if place in packs),
             sum(place.nbytes for place in places) - sum(place.nbytes for place in missing),
         )
 
@@ -167,12 +188,13 @@ class WeightStore:
         """Prove that what is held is what the residents need, with the bundle's values.
 
         Raises:
-            DamagedBundle: It is not, or the bundle changed underneath.
+            DamagedInput: It is not, or the bundle changed underneath.
         """
         expected = {place for variant in residents for place in self._placements[variant].values()}
         if expected != self._held.keys():
             raise DamagedBundle(f"tensors in memory are not those of {', '.join(sorted(residents))}")
         for place, tensor in self._held.items():
+            require_mapped(place)
             held = tensor.cpu() if tensor.layout == torch.strided else tensor.to_dense()
             if not torch.equal(self._source(place).to(self.dtype), held):
                 raise DamagedBundle(f"{place.path}: {place.name} differs from what is in memory")
