@@ -14,12 +14,10 @@ import numpy as np
 from moemerge.bench.comparison import ComparisonOptions, measure_capacity
 from moemerge.bench.machine import Watch
 from moemerge.bench.metrics import (
-    Numbers,
+    Figure,
     Record,
     bootstrap_interval,
     latencies,
-    mean,
-    median,
     output_rate,
     request_rate,
 )
@@ -85,7 +83,7 @@ class _Figure:
 
     rounds: Sequence[Sequence[float]]
     detail: str
-    of_round: Callable[[Numbers], float] = mean
+    of_round: Figure = np.mean
 
 
 def measure_claims(names: Sequence[str], session: Session) -> list[Claim]:
@@ -115,7 +113,7 @@ def _measure(name: str, bar: _Bar, session: Session) -> Claim:
         return claim.model_copy(update={"detail": f"not measured: {last_line(str(error))}"})
     return claim.model_copy(
         update={
-            "measured": statistics.median(figure.of_round(np.asarray(values)) for values in figure.rounds),
+            "measured": statistics.median(float(figure.of_round(values)) for values in figure.rounds),
             "interval": bootstrap_interval(figure.rounds, figure.of_round),
             "detail": figure.detail,
         }
@@ -187,7 +185,7 @@ def _resident_switch(session: Session) -> _Figure:
     step_us = 1e6 * statistics.median(times["same"])
     # An interrupted step would weigh more in a mean than all others.
     return _Figure(
-        added, f"a step of one token takes {step_us:.0f} µs; {pairs} pairs of steps a round", median
+        added, f"a step of one token takes {step_us:.0f} µs; {pairs} pairs of steps a round", np.median
     )
 
 
@@ -211,7 +209,7 @@ def _cold_swap(session: Session) -> _Figure:
     return _Figure(
         ratios,
         f"{num_bytes / 1e6:.0f} MB in {1000 * seconds:.2f} ms, plain copies at {bandwidth / 1e9:.1f} GB/s",
-        median,
+        np.median,
     )
 
 

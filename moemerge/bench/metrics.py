@@ -6,12 +6,12 @@ Times are those at which the caller had the token, the same way for every system
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 _RESAMPLES = 1000
-Numbers = NDArray[np.float64]
+Figure = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,14 +127,6 @@ def request_rate(records: Sequence[Record]) -> float:
     return sum(record.is_finished for record in records) / seconds if seconds > 0 else 0.0
 
 
-def decode_rate(records: Sequence[Record]) -> float:
-    """Tokens per second after the first one of every request, for requests that run together."""
-    first = max(record.token_times_s[0] for record in records)
-    last = max(record.token_times_s[-1] for record in records)
-    tokens = sum(time > first for record in records for time in record.token_times_s)
-    return tokens / (last - first) if last > first else 0.0
-
-
 def turnaround_by_variant(records: Sequence[Record]) -> dict[str, float]:
     """Mean turnaround per output token of each variant's requests."""
     found: dict[str, list[float]] = {}
@@ -152,39 +144,29 @@ def jain_index(values: Sequence[float]) -> float:
     return total * total / (len(values) * squares) if squares else 1.0
 
 
-def mean(values: Numbers) -> float:
-    """Their mean."""
-    return float(np.mean(values))
-
-
-def median(values: Numbers) -> float:
-    """Their median."""
-    return float(np.median(values))
-
-
 def bootstrap_interval(
-    rounds: Sequence[Sequence[float]],
-    figure: Callable[[Numbers], float] = mean,
-    *,
-    seed: int = 0,
+    rounds: Sequence[Sequence[float]], figure: Figure = np.mean, *, seed: int = 0
 ) -> tuple[float, float]:
     """95 % interval of the median over rounds of a figure of each round's values.
 
     Rounds are drawn with replacement, and within each the values, since both vary. With one value per round
     it is the interval of the rounds alone.
 
+    Args:
+        rounds: Values of each round.
+        figure: Of a round: `np.mean` or `np.median`.
+        seed: Of the draws.
+
     Source: percentile bootstrap of clusters, Davison and Hinkley 1997, section 3.8.
     """
     generator = np.random.default_rng(seed)
     arrays = [np.asarray(values, dtype=np.float64) for values in rounds]
-    medians = np.empty(_RESAMPLES)
-    for sample in range(_RESAMPLES):
-        chosen = generator.integers(len(arrays), size=len(arrays))
-        medians[sample] = np.median(
-            [
-                figure(arrays[index][generator.integers(len(arrays[index]), size=len(arrays[index]))])
-                for index in chosen
-            ]
-        )
-    low, high = np.percentile(medians, [2.5, 97.5])
+    drawn = np.empty((len(arrays), _RESAMPLES))
+    for row in drawn:
+        chosen = generator.integers(len(arrays), size=_RESAMPLES)
+        for number, array in enumerate(arrays):
+            samples = np.flatnonzero(chosen == number)
+            values = array[generator.integers(len(array), size=(len(samples), len(array)))]
+            row[samples] = figure(values, axis=1)
+    low, high = np.percentile(np.median(drawn, axis=0), [2.5, 97.5])
     return float(low), float(high)

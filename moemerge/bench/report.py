@@ -80,7 +80,7 @@ class OutputCheck(_Part):
     equal_share: dict[str, float] = {}
 
     def __str__(self) -> str:
-        text = f"tokens: in float32 those of {self.num_requests} requests equal {self.reference}'s"
+        text = f"tokens: in float32 the answers to {self.num_requests} requests equal those of {self.reference}"
         if self.off_share:
             text += f"; as measured, off by more than rounding of a logit: {_percents(self.off_share)}"
         return f"{text}; answers equal to the first system's: {_percents(self.equal_share)}"

@@ -73,6 +73,9 @@ class ServedFullSwap:
         self._engine: Engine | None = None
         self._loaded: str | None = None
         self._done = Counts()
+        # What is here now stays; looking for garbage after each model then takes no time.
+        gc.collect()
+        gc.freeze()
         for variant in spec.variants:
             self._load(variant)
             warm_up(self.engine, (variant,))

@@ -24,6 +24,7 @@ from moemerge.errors import MoemergeError
 
 _START_LIMIT_S = 600.0
 _GRACE_S = 120.0
+_CLOSE_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +123,7 @@ class Worker:
         self.spec = spec
         context = _context()
         self._connection, theirs = context.Pipe()
+        self._is_working = True
         self._process = context.Process(target=_serve, args=(spec, theirs), daemon=True)
         begin = time.perf_counter()
         self._process.start()
@@ -141,7 +143,7 @@ class Worker:
 
     def begin_run(self, trace: Trace, start_s: float, limit_s: float) -> None:
         """Let it serve a trace; `end_run` waits for the outcome."""
-        self._connection.send(("run", (trace, start_s, limit_s)))
+        self._send("run", trace, start_s, limit_s)
 
     def end_run(self, limit_s: float) -> tuple[list[Record], Counts]:
         """The outcome of the run that was begun.
@@ -158,7 +160,7 @@ class Worker:
         Raises:
             WorkerFailed: It broke.
         """
-        self._connection.send(("probe", (name, arguments)))
+        self._send("probe", name, arguments)
         return self._receive(_START_LIMIT_S)
 
     def memory(self) -> Memory:
@@ -168,13 +170,21 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        with suppress(OSError):
-            self._connection.send(("close", ()))
-        self._process.join(10)
+        if not self._is_working:
+            with suppress(WorkerFailed):
+                self._send("close")
+            self._process.join(_CLOSE_LIMIT_S)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
         self._connection.close()
+
+    def _send(self, message: str, *arguments: Any) -> None:
+        try:
+            self._connection.send((message, arguments))
+        except OSError as error:
+            raise WorkerFailed("its process has ended") from error
+        self._is_working = True
 
     def _receive(self, limit_s: float) -> Any:
         if not self._connection.poll(limit_s):
@@ -185,6 +195,7 @@ class Worker:
         except EOFError as error:
             self._process.join(10)
             raise WorkerFailed(f"its process ended with code {self._process.exitcode}") from error
+        self._is_working = False
         if not is_done:
             raise WorkerFailed(value)
         return value

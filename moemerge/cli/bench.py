@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def bench(
     bundle: Annotated[
-        Path | None, typer.Argument(metavar="[BUNDLE]", help="Bundle to serve; without one, see --model.")
+        Path | None, typer.Argument(metavar="BUNDLE", help="Bundle to serve; without one, see --model.")
     ] = None,
     model: Annotated[
         str, typer.Option("--model", metavar="SHAPE", help="Generate mix-S, mix-M, mix-L or switch-base-8.")
@@ -25,7 +25,7 @@ def bench(
         typer.Option("--variants", min=1, help="How many; 4 generated, or all of a bundle."),
     ] = None,
     systems: Annotated[
-        str, typer.Option("--systems", metavar="NAMES", help="all, or names with commas between; see below.")
+        str, typer.Option("--systems", metavar="NAMES", help="all, or names with commas between.")
     ] = "all",
     workload: Annotated[
         str,
@@ -58,7 +58,9 @@ def bench(
     ] = 300.0,
     claims: Annotated[
         str | None,
-        typer.Option("--claims", metavar="NAMES", help="Measure claims instead: all, or names; see below."),
+        typer.Option(
+            "--claims", metavar="NAMES", help="Measure claims instead: all, or names with commas between."
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="One round, few and short requests: to see that it works.")
