@@ -96,11 +96,11 @@ def serve(
 
     Example: moemerge serve trio.moe --resident 2 --max-batch 32
     """
+    keys, options, program = _import_server()
     from moemerge.bundle.reader import open_bundle
     from moemerge.checkpoint.sizes import parse_size
     from moemerge.runner.options import EngineOptions
 
-    keys, options, program = _import_server()
     engine_options = EngineOptions(
         device=device,
         dtype=dtype,
@@ -130,7 +130,7 @@ def serve(
         elif not quiet:
             hint(f"Serving {bundle} at {ready.url}/v1: {', '.join(ready.variants)}")
 
-    was_drained = program.serve_bundle(
+    forced_by = program.serve_bundle(
         open_bundle(bundle),
         engine_options,
         server_options,
@@ -140,9 +140,10 @@ def serve(
         max_queue_per_variant=max_queue_per_variant,
         on_ready=announce,
     )
-    if not was_drained:
+    if forced_by is not None:
         hint("Stopped at once by a second signal; requests were cut off.")
-    elif not quiet and not as_json:
+        raise typer.Exit(128 + forced_by)
+    if not quiet and not as_json:
         hint("Stopped.")
 
 

@@ -1,5 +1,6 @@
 """All answers to one HTTP request: engine requests made from its body, and pieces made from their outputs."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -17,6 +18,8 @@ from moemerge.server.responses import Usage
 from moemerge.server.serving import ServedVariant, Serving
 
 Value = TypeVar("Value")
+_MANY_TOKENS = 512
+"""Tokens of a prompt that are not placed in its text on the event loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,10 @@ class Generation:
                 continue
             if output.finish is FinishReason.CANCELLED:
                 raise Stopping("the server is stopping; the answer was cut off")
-            piece = answer.add(output)
+            if output.prompt_logprobs is not None and len(output.prompt_logprobs) > _MANY_TOKENS:
+                piece = await asyncio.to_thread(answer.add, output)
+            else:
+                piece = answer.add(output)
             if answer.has_ended:
                 self.inbox.cancel(output.request_id)
             if not piece.is_empty:

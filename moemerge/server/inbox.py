@@ -82,7 +82,8 @@ class Inbox:
                 return
             self._arrived.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), _LOOK_EVERY_S)
+                async with asyncio.timeout(_LOOK_EVERY_S):
+                    await self._arrived.wait()
             if not self._service.is_alive and not self._outputs:
                 raise Stopping("the engine has stopped")
 

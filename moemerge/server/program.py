@@ -31,7 +31,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Program(uvicorn.Server):
-    """One server in one process or, for tests, in one thread."""
+    """One server in one process or, for tests, in one thread.
+
+    Attributes:
+        forced_by: The second signal, if there was one.
+    """
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class Program(uvicorn.Server):
         self._drain_s = options.drain_s
         self._on_ready = on_ready
         self._is_stopping = False
+        self.forced_by: signal.Signals | None = None
 
     def run_on(self, listener: socket.socket) -> None:
         """Serve on a bound socket until stopped; signals count in the main thread only."""
@@ -69,7 +74,7 @@ class Program(uvicorn.Server):
             self._loop = asyncio.get_running_loop()
             if threading.current_thread() is threading.main_thread():
                 for number in _SIGNALS:
-                    self._loop.add_signal_handler(number, self._stop)
+                    self._loop.add_signal_handler(number, self._stop, number)
             await self.serve([listener])
 
         asyncio.run(serve())
@@ -88,8 +93,9 @@ class Program(uvicorn.Server):
         await super().startup(sockets)
         self._on_ready()
 
-    def _stop(self) -> None:
+    def _stop(self, number: signal.Signals | None = None) -> None:
         if self._is_stopping:
+            self.forced_by = number
             self.force_exit = self.should_exit = True
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
@@ -121,11 +127,11 @@ def serve_bundle(
     max_queue: int,
     max_queue_per_variant: int | None,
     on_ready: Callable[[Ready], None],
-) -> bool:
+) -> signal.Signals | None:
     """Load a bundle and serve it until a signal.
 
     Returns:
-        Whether all that ran at the first signal was let to its end or its time; a second one denies it.
+        The second signal, which cut requests off; None when one was enough.
 
     Raises:
         InvalidRecipe, Busy: As `open_socket`.
@@ -154,4 +160,4 @@ def serve_bundle(
             program.run_on(listener)
         finally:
             service.stop(0.0)
-        return not program.force_exit
+        return program.forced_by

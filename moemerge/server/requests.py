@@ -143,7 +143,8 @@ class TextPart(Body):
 
 
 Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<list>")],
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<list>")],
     Discriminator(
         _kind_of_texts,
         custom_error_type="content_type",
