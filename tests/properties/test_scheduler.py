@@ -91,6 +91,8 @@ class Flood:
 @st.composite
 def floods(draw: st.DrawFn, *policies: Policy, are_all_resident: bool = False) -> Flood:
     world = draw(worlds(*policies, are_all_resident=are_all_resident))
+    if are_all_resident:
+        world.preload()
     flood = Flood(world, draw(st.integers(0, 99)), draw(st.integers(3, 30)), draw(st.sampled_from([3, 30])))
     for _ in range(draw(st.integers(0, 40))):
         flood.step()

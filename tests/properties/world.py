@@ -98,10 +98,18 @@ class World:
         assert not sequence.table.blocks
         assert not sequence.cross_table.blocks
 
-    def pin(self, variant: str) -> None:
-        """As `Engine.pin` when it succeeds: there is room for every other variant beside the pinned ones."""
-        if all(self.fits({*self.residency.pinned, variant, other}) for other in self.variants):
+    def pin(self, variant: str) -> bool:
+        """As `Engine.pin`, which succeeds if there is room for every other variant beside the pinned ones."""
+        has_room = all(self.fits({*self.residency.pinned, variant, other}) for other in self.variants)
+        if has_room:
             self.residency.pin(variant)
+        return has_room
+
+    def preload(self) -> None:
+        """As `Engine.preload`, all variants."""
+        for variant in self.variants:
+            self.residency.begin_loading(variant)
+            self.residency.loaded(variant, self.now_s)
 
     def remove(self, variant: str) -> None:
         """As `Engine.remove_variant`; the variant is known again at once."""
