@@ -24,13 +24,14 @@ from moemerge.bench.metrics import (
 from moemerge.bench.report import Claim, last_line
 from moemerge.bench.systems import Placement, Subject, System
 from moemerge.bench.worker import WorkerFailed
-from moemerge.bench.workloads import Trace, WorkloadOptions, check_names, draw_trace
+from moemerge.bench.workloads import Trace, WorkloadOptions, check_names, draw_trace, shorten
 from moemerge.bundle.reader import Bundle, open_bundle
 from moemerge.errors import InvalidRecipe
 
 _LOAD = 0.4
 _PAIRS_OF_STEPS = 1000
 _DECODED = 48
+_WARM_TOKENS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ def _measure(name: str, bar: _Bar, session: Session) -> Claim:
         measured=None, interval=None, detail="",
     )  # fmt: skip
     try:
-        figure, _, _ = session.watch.measure(lambda: bar.measure(session))
+        figure, machine, _ = session.watch.measure(lambda: bar.measure(session))
     except WorkerFailed as error:
         return claim.model_copy(update={"detail": f"not measured: {last_line(str(error))}"})
     return claim.model_copy(
@@ -116,22 +117,23 @@ def _measure(name: str, bar: _Bar, session: Session) -> Claim:
             "measured": statistics.median(float(figure.of_round(values)) for values in figure.rounds),
             "interval": bootstrap_interval(figure.rounds, figure.of_round),
             "detail": figure.detail,
+            "machine": machine,
         }
     )
 
 
-def _rate_ratio(session: Session, over: System, under: System, trace: Trace, under_trace: Trace) -> _Figure:
+def _rate_ratio(session: Session, over: System, under: System, trace: Trace) -> _Figure:
     """Output tokens per second of one system over those of another, in turns."""
-    ratios, rates = [], []
+    pair = (over, under)
+    for system in pair:
+        # Memory that is touched for the first time is not measured.
+        _rate(session, system, shorten(trace, len(trace), _WARM_TOKENS))
+    rounds = []
     for number in range(session.rounds):
-        first: tuple[float, float] = (0.0, 0.0)
-        if number % 2:
-            first = (_rate(session, over, trace), _rate(session, under, under_trace))
-        else:
-            first = (_rate(session, under, under_trace), _rate(session, over, trace))[::-1]
-        rates.append(first)
-        ratios.append([first[0] / first[1]])
-    one, two = (statistics.median(values) for values in zip(*rates, strict=True))
+        rates = {system.name: _rate(session, system, trace) for system in pair[:: -1 if number % 2 else 1]}
+        rounds.append([rates[system.name] for system in pair])
+    one, two = (statistics.median(rates) for rates in zip(*rounds, strict=True))
+    ratios = [[rates[0] / rates[1]] for rates in rounds]
     return _Figure(ratios, f"{over.name} {one:.1f}, {under.name} {two:.1f} output tokens/s")
 
 
@@ -149,14 +151,14 @@ def _mixed_over_single(session: Session) -> _Figure:
     """Everything at once: requests for all variants, and as many for one."""
     trace = session.trace("burst", (2 if session.is_quick else 16) * session.num_variants)
     with session.system("mixed") as mixed, session.system("single") as single:
-        return _rate_ratio(session, mixed, single, trace, trace)
+        return _rate_ratio(session, mixed, single, trace)
 
 
 def _mixed_over_grouped(session: Session) -> _Figure:
     """Four sequences of each variant, all there at the start."""
     trace = session.trace("burst", 4 * session.num_variants)
     with session.system("mixed") as mixed, session.system("grouped") as grouped:
-        return _rate_ratio(session, mixed, grouped, trace, trace)
+        return _rate_ratio(session, mixed, grouped, trace)
 
 
 def _over_transformers(num_sequences: int) -> Callable[[Session], _Figure]:
@@ -168,7 +170,7 @@ def _over_transformers(num_sequences: int) -> Callable[[Session], _Figure]:
         alone = replace(session, subject=replace(session.subject, variants=session.subject.variants[:1]))
         batch = {"max_batch": num_sequences}
         with alone.system("mixed", **batch) as engine, alone.system("transformers", **batch) as other:
-            return _rate_ratio(session, engine, other, trace, trace)
+            return _rate_ratio(session, engine, other, trace)
 
     return measure
 

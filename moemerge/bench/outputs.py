@@ -108,6 +108,8 @@ def off_shares(
         return {}
     chosen = {system: [text for text in found if text[2]][:LOOKED_UP] for system, found in texts.items()}
     distinct = list(dict.fromkeys(text for found in chosen.values() for text in found))
+    if not distinct:
+        return {}
     say(f"check: {len(distinct)} answers by a float32 pass over each")
     with System("mixed", subject, replace(placement, dtype="float32")) as system:
         gaps = dict(zip(distinct, system.probe("token_gaps", texts=distinct), strict=True))

@@ -28,6 +28,7 @@ def draw_plot(report: Report, path: Path) -> None:
 
     mpl.use("agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -35,8 +36,11 @@ def draw_plot(report: Report, path: Path) -> None:
         _draw(axes, report, name)
         axes.set_ylabel(f"mean {'TTFT' if name == 'ttft' else name} (s)")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
-    left.legend(fontsize="small")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.suptitle(
         f"{report.subject['name']}, {report.subject['variants']} variants, {report.workload['workload']}"
         f"{'' if report.is_valid else ' (not valid: the machine was busy)'}"

@@ -80,7 +80,7 @@ class OutputCheck(_Part):
     equal_share: dict[str, float] = {}
 
     def __str__(self) -> str:
-        text = f"tokens: in float32 the answers to {self.num_requests} requests equal those of {self.reference}"
+        text = f"tokens: in float32 the answers to {self.num_requests} requests are those of {self.reference}"
         if self.off_share:
             text += f"; as measured, off by more than rounding of a logit: {_percents(self.off_share)}"
         return f"{text}; answers equal to the first system's: {_percents(self.equal_share)}"
@@ -99,6 +99,7 @@ class Claim(_Part):
         measured: Median over rounds; None when it could not be measured.
         interval: 95 % bootstrap interval of the median.
         detail: The figures it was made from.
+        machine: Who else used the machine meanwhile.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Claim(_Part):
     measured: float | None
     interval: tuple[float, float] | None
     detail: str
+    machine: Load = Load(0.0, 0.0)
 
     @property
     def is_met(self) -> bool:
@@ -147,6 +149,12 @@ class Report(_Part):
     runs: list[Run] = []
     claims: list[Claim] = []
     notes: list[str] = []
+
+    @property
+    def worst_load(self) -> Load:
+        """The largest use of the machine by others, over all that was measured."""
+        loads = [*(run.machine for run in self.runs), *(claim.machine for claim in self.claims)]
+        return max(loads, default=Load(0.0, 0.0))
 
     @property
     def systems(self) -> list[str]:
@@ -283,12 +291,12 @@ def _row(summary: Summary) -> list[str]:
     bound = "≥" if summary.unfinished else ""
     return [
         summary.system,
-        f"{bound}{summary.turnaround.mean:.3g} s",
-        f"{bound}{summary.turnaround.p99:.3g} s",
-        f"{bound}{format_ms(summary.ttft.mean)}",
-        f"{bound}{format_ms(summary.ttft.p99)}",
-        format_ms(summary.tpot.mean) if summary.tpot else "-",
-        format_ms(summary.itl.p99) if summary.itl else "-",
+        f"{bound}{format_seconds(summary.turnaround.mean)}",
+        f"{bound}{format_seconds(summary.turnaround.p99)}",
+        f"{bound}{format_seconds(summary.ttft.mean)}",
+        f"{bound}{format_seconds(summary.ttft.p99)}",
+        format_seconds(summary.tpot.mean) if summary.tpot else "-",
+        format_seconds(summary.itl.p99) if summary.itl else "-",
         f"{summary.output_tokens_per_s:.1f}",
         f"{summary.swaps:.0f}",
         format_size(summary.swap_bytes),
@@ -331,7 +339,7 @@ def markdown(report: Report) -> str:
     lines += [f"- {report.check}"] if report.check else []
     lines += [f"- {note}" for note in report.notes]
     if not report.is_valid:
-        lines += ["", "**Not valid: other programs used the machine meanwhile.**"]
+        lines += ["", f"**Not valid: {report.worst_load}.**"]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -348,6 +356,6 @@ def last_line(failure: str | None) -> str:
     return (failure or "").strip().rpartition("\n")[2][:100]
 
 
-def format_ms(seconds: float) -> str:
-    """Milliseconds with three digits."""
-    return f"{1000 * seconds:.3g} ms"
+def format_seconds(seconds: float) -> str:
+    """Seconds or milliseconds with three digits."""
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"

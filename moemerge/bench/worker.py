@@ -126,8 +126,13 @@ class Worker:
         self._is_working = True
         self._process = context.Process(target=_serve, args=(spec, theirs), daemon=True)
         begin = time.perf_counter()
-        self._process.start()
-        theirs.close()
+        try:
+            self._process.start()
+        except (EOFError, OSError) as error:
+            # The process that starts others is told of no reason; it has none left, or no memory.
+            raise WorkerFailed("the system lets no process be started") from error
+        finally:
+            theirs.close()
         try:
             self._receive(_START_LIMIT_S)
         except BaseException:

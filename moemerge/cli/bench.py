@@ -161,4 +161,4 @@ def _print_tables(report: "Report") -> None:
     for note in report.notes:
         typer.echo(f"note: {note}")
     if not report.is_valid:
-        typer.echo("NOT VALID: other programs used the machine meanwhile")
+        typer.echo(f"NOT VALID: {report.worst_load}")

@@ -95,7 +95,7 @@ def test_a_summary_is_the_median_over_rounds(report):
 
 def test_tables_name_systems_bounds_and_failures(report):
     assert [row[0] for row in rows(report, 0.4)] == ["mixed", "fcfs"]
-    assert rows(report, 0.4)[0][1:3] == ["0.8 s", "1.6 s"]
+    assert rows(report, 0.4)[0][1:3] == ["800 ms", "1.6 s"]
     assert rows(report, 0.4)[1][1] == "≥4 s"
     assert rows(report, 0.8)[1][1] == "failed: OSError: gone"
     assert [row[-1] for row in claim_rows(report.claims)] == ["met", "missed", "not measured"]
@@ -104,7 +104,7 @@ def test_tables_name_systems_bounds_and_failures(report):
 def test_markdown_tells_on_what_it_was_measured(report):
     text = markdown(report)
     assert "processor one, cores 2" in text
-    assert "| mixed | 0.8 s |" in text
+    assert "| mixed | 800 ms |" in text
     assert "| fast | at least 2 x | 2.5 x | 1 to 3 | met |" in text
     assert "- mind this" in text
     assert "Not valid" not in text
