@@ -15,6 +15,7 @@ from moemerge.errors import InvalidRecipe, NotFound
 if TYPE_CHECKING:
     from moemerge.server.program import Ready
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXTRA = ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client")
 
 
@@ -123,6 +124,8 @@ def serve(
         access_log=access_log,
     )
     _prepare_process(threads, access_log=access_log)
+    if host not in _LOOPBACK and not api_key_file and not quiet:
+        hint(f"warning: whoever reaches {host} may use this server; --api-key-file asks for a key")
 
     def announce(ready: "Ready") -> None:
         if as_json:

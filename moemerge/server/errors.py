@@ -29,6 +29,7 @@ from moemerge.errors import (
 )
 
 _LONGEST_MESSAGE = 2000
+_LONGEST_PARAM = 100
 
 
 class Kind(NamedTuple):
@@ -144,7 +145,8 @@ def describe(findings: Sequence[Any]) -> ApiError:
     param = context.get("field") or _place(first["loc"], keep_last=first["type"] == "extra_forbidden")
     code = _FIELD_CODES.get(first["type"], "invalid_value")
     message = "unknown field" if code == "unknown_field" else str(first["msg"])
-    message = f"{param[:100]}: {message}" if param and code != "unsupported_field" else message
+    param = param[:_LONGEST_PARAM]
+    message = f"{param}: {message}" if param and code != "unsupported_field" else message
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
     return invalid(message + more, param or None, code)
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from moemerge.errors import Stopping
+from moemerge.errors import ServingError, Stopping
 from moemerge.runner.request import FinishReason, Request
 from moemerge.runner.sampling import Sampling
 from moemerge.server.answers import Answer, Piece, Prompt, join_pieces
@@ -62,6 +62,8 @@ class Generation:
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.inbox = Inbox(serving.service, serving.options.max_unread_outputs)
+        self._serving = serving
+        self._variant = variant.text.name
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._answers: dict[str, Answer] = {}
         requests = []
@@ -90,7 +92,8 @@ class Generation:
         """Pieces of all answers as they come.
 
         Raises:
-            ApiError, ServingError, Stopping: As `Inbox.outputs`; or the server stopped before the end.
+            ApiError: The reader was too slow, or the variant is not served any more.
+            ServingError, Stopping: The engine failed, or stopped before the end.
         """
         async for output in self.inbox.outputs():
             answer = self._answers[output.request_id]
@@ -98,6 +101,9 @@ class Generation:
                 continue
             if output.finish is FinishReason.CANCELLED:
                 raise Stopping("the server is stopping; the answer was cut off")
+            if output.finish is FinishReason.ERROR:
+                self._serving.require(self._variant)
+                raise ServingError(output.error or "the engine failed")
             if output.prompt_logprobs is not None and len(output.prompt_logprobs) > _MANY_TOKENS:
                 piece = await asyncio.to_thread(answer.add, output)
             else:
@@ -150,7 +156,7 @@ def _request(
         max_tokens=max_tokens,
         sampling=_sampling(body, variant.recommended, copy),
         stop_ids=variant.text.stop_ids | frozenset(body.stop_token_ids or ()),
-        min_tokens=min(body.min_tokens or 0, max_tokens),
+        min_tokens=body.min_tokens or 0,
         ignore_stop=bool(body.ignore_eos) or is_scoring,
         num_logprobs=wanted.num_logprobs,
         num_prompt_logprobs=wanted.num_logprobs if prompt.echo is not None else None,

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 
-from moemerge.errors import ServingError, Stopping
+from moemerge.errors import Stopping
 from moemerge.runner.request import Output, Request
 from moemerge.runner.service import EngineService
 from moemerge.server.errors import ApiError, Kind
@@ -67,15 +67,11 @@ class Inbox:
 
         Raises:
             ApiError: The reader was too slow; the requests were cancelled.
-            ServingError: A request failed in the engine.
             Stopping: The engine is no more.
         """
         while True:
             while self._outputs:
-                output = self._outputs.popleft()
-                if output.error is not None:
-                    raise ServingError(output.error)
-                yield output
+                yield self._outputs.popleft()
             if self._overflowed:
                 raise ApiError(_TOO_SLOW, f"{self._capacity} outputs were waiting to be read; cancelled")
             if not self._running:

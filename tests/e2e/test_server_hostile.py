@@ -368,6 +368,6 @@ def test_stream_of_a_removed_variant_ends_with_an_error(long_bundle):
             assert served.http.delete("/variants/plain").status_code == 200
             events = [line for line in lines if line]
         assert events[-1] == "data: [DONE]"
-        assert "removed" in json.loads(events[-2].removeprefix("data: "))["error"]["message"]
+        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "model_not_found"
         served.wait_until_idle()
         assert served.post("/v1/completions", {**ENDLESS, "model": "other"}).status_code == 200
