@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import openai
 import pytest
@@ -426,7 +427,12 @@ def test_metrics_tell_what_happened(mini_bundle):
     assert float(figures[bucket]) == 2
     ok = 'moemerge_http_requests_total{method="POST",path="/v1/completions",status="200"}'
     assert float(figures[ok]) == 3
-    assert len(list(text_string_to_metric_families(text))) > 30
+    families = [family.name for family in text_string_to_metric_families(text)]
+    assert len(families) > 30
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for name in families:
+        known = name.removeprefix("moemerge_")
+        assert known in page or name.startswith(("process_", "python_gc_")) or name.endswith("_created"), name
     assert "nobody" not in text
     assert "passwd" not in text
 

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
+from typer.main import get_command
 
 from moemerge.checkpoint.variants import open_variants
+from moemerge.cli.app import app
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.recipe import options_of
 from moemerge.refs import FolderRef
@@ -174,3 +177,11 @@ def test_missing_extra_is_named(bundle):
     )
     assert done.returncode == 5
     assert "pip install 'moemerge[serve]'" in done.stderr
+
+
+def test_page_on_serving_names_every_option():
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (command,) = [c for c in get_command(app).commands.values() if c.name == "serve"]
+    options = [name for option in command.params for name in option.opts if name.startswith("--")]
+    assert len(options) > 20
+    assert [name for name in options if name not in page] == []
