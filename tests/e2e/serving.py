@@ -22,7 +22,7 @@ from moemerge.server.options import ServerOptions
 from moemerge.server.program import Program
 from moemerge.server.serving import Serving
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)

@@ -50,14 +50,14 @@ def long_bundle(tmp_path_factory):
     return folder / "x.moe"
 
 
-def raw(served, data, *, patience_s=5.0):
+def raw(served, data, *, patience_s=30.0):
     """What comes back for bytes, until the server closes or the answer is whole."""
     with served.connect() as connection:
         connection.sendall(data)
         return read(connection, patience_s)
 
 
-def read(connection, patience_s=5.0):
+def read(connection, patience_s=30.0):
     connection.settimeout(patience_s)
     received = b""
     while True:
@@ -174,7 +174,7 @@ def test_slow_body_gets_408(served):
     answer = raw(served, b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{")
     assert status_of(answer) == 408
     assert_in_shape(answer)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10
 
 
 def test_slow_head_is_hung_up_on(served):
@@ -187,7 +187,7 @@ def test_slow_head_is_hung_up_on(served):
                 break
             time.sleep(0.01)
         assert read(connection) == b""
-        assert 0.3 < time.monotonic() - begin < 3
+        assert 0.3 < time.monotonic() - begin < 10
 
 
 def test_second_request_may_not_be_slow_either(served):
@@ -197,7 +197,7 @@ def test_second_request_may_not_be_slow_either(served):
         connection.sendall(b"GET /health HT")
         begin = time.monotonic()
         assert read(connection) == b""
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 10
 
 
 def test_silent_connections_do_not_stay(served):
@@ -261,7 +261,7 @@ def test_requests_sent_at_once_are_answered_in_order(served):
         first = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
         second = b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         connection.sendall(first + second)
-        connection.settimeout(5)
+        connection.settimeout(30)
         received = b""
         while fresh := connection.recv(65536):
             received += fresh
@@ -332,7 +332,7 @@ def test_client_that_goes_away_frees_its_blocks(long_bundle, stream, reset):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         begin = time.monotonic()
         served.wait_until_idle()
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 10
         finished = served.service.snapshot().variants["plain"].figures.finished
         assert finished == {"cancelled": 3}
 
@@ -350,7 +350,7 @@ def test_slow_reader_of_a_stream_is_cut_off(long_bundle):
         assert served.post("/v1/completions", {**ENDLESS, "max_tokens": 5}).status_code == 200
         served.wait_until_idle()
         assert served.service.snapshot().variants["plain"].figures.finished["cancelled"] == 1
-        connection.settimeout(5)
+        connection.settimeout(30)
         received = b""
         while b"[DONE]" not in received:
             fresh = connection.recv(65536)
