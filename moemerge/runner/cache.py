@@ -37,11 +37,17 @@ class BlockCache:
     ) -> None:
         layers, heads, head_size, tokens = geometry
         shape = (layers, num_blocks, tokens, heads, head_size)
-        # Zeros, because hidden positions still meet a weight of zero, and zero times NaN is NaN. On a CPU
-        # the pages are only taken when they are written.
+        # On a CPU the pages are only taken when they are written.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.block_tokens = tokens
+
+    def clear(self, blocks: list[int]) -> None:
+        """Forget what blocks held: hidden values still meet a weight of zero, and zero times NaN is NaN."""
+        if blocks:
+            chosen = torch.tensor(blocks, device=self.keys.device)
+            self.keys.index_fill_(1, chosen, 0)
+            self.values.index_fill_(1, chosen, 0)
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +65,14 @@ class BlockKeys:
         self._cache = cache
         self._tables = tables
         device = cache.keys.device
+        cache.clear(
+            [
+                table.blocks[token // cache.block_tokens]
+                for table, start, length in zip(tables, starts, lengths, strict=True)
+                for token in range(start, start + length)
+                if token % cache.block_tokens == 0
+            ]
+        )
         places = [
             table.blocks[token // cache.block_tokens] * cache.block_tokens + token % cache.block_tokens
             for table, start, length in zip(tables, starts, lengths, strict=True)
@@ -88,8 +102,10 @@ class BlockKeys:
         known = self._group_blocks.get(group.sequences)
         if known is None:
             count = group.num_keys // self.granularity
-            # Behind a shorter sequence's blocks stands block 0, which the mask hides.
-            padded = [(self._tables[number].blocks + [0] * count)[:count] for number in group.sequences]
+            # Behind a sequence's blocks stands its last one again, which the mask hides; never another's,
+            # whose numbers need not be finite.
+            tables = [self._tables[number].blocks for number in group.sequences]
+            padded = [(blocks + blocks[-1:] * count)[:count] for blocks in tables]
             known = torch.tensor(padded, device=self._cache.keys.device).flatten()
             self._group_blocks[group.sequences] = known
         return known

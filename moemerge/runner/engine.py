@@ -11,7 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor
 
 from moemerge.bundle.reader import Bundle
-from moemerge.errors import InvalidRecipe, UnsupportedCheckpoint
+from moemerge.errors import (
+    Busy,
+    InvalidRecipe,
+    MoemergeError,
+    NotEnoughRoom,
+    ServingError,
+    UnsupportedCheckpoint,
+)
 from moemerge.models import Decoder
 from moemerge.runner.answers import Answers
 from moemerge.runner.blocks import BlockPool
@@ -35,7 +42,7 @@ from moemerge.runner.sampling import Sampling
 from moemerge.runner.scheduler import Scheduler, Work
 from moemerge.runner.weights import Swap, WeightStore
 
-_LOADING_WAIT_S = 0.05
+_LOADING_WAIT_S = 0.002
 _IDLE_WAIT_S = 0.001
 
 
@@ -65,7 +72,7 @@ class Engine:
 
         geometry = cache_geometry(model_of(bundle, names[0]), options.block_tokens)
         longest = max((c for c in (max_positions(bundle, n) for n in names) if c), default=None)
-        memory = plan_memory(
+        self._memory = memory = plan_memory(
             options, bundle, self._store, geometry,
             resident=self._resident_limit, variants=names, context_tokens=longest,
         )  # fmt: skip
@@ -151,7 +158,7 @@ class Engine:
         return self._answers.take_untold()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
-        """Submit requests and step until nothing is left to do."""
+        """Submit requests and step until nothing is left to do; gives all outputs, whoever asked."""
         for request in requests:
             self.submit(request)
         while self.has_work:
@@ -166,11 +173,15 @@ class Engine:
         sampling: Sampling | None = None,
         stop_ids: frozenset[int] = frozenset(),
     ) -> Iterator[int]:
-        """Token ids of one answer as they are chosen.
+        """Token ids of one answer as they are chosen, from an engine that has nothing else to do.
 
         Raises:
             NotFound, InvalidRecipe: As `submit`.
+            Busy: The engine has other requests, whose outputs would get lost.
+            ServingError: The answer cannot be finished.
         """
+        if self.has_work:
+            raise Busy("the engine has other requests; submit this one, and step")
         request = Request(
             request_id=f"generate-{next(self._num_generated)}",
             variant=variant,
@@ -181,10 +192,12 @@ class Engine:
         )
         try:
             for output in self.run([request]):
-                if output.request_id == request.request_id:
-                    yield from output.token_ids
+                yield from output.token_ids
+                if output.finish is FinishReason.ERROR:
+                    raise ServingError(f"variant {variant}: {output.error}")
         finally:
             self.cancel(request.request_id)
+            self._answers.take_untold()
 
     def logits(self, variant: str, token_ids_BT: Tensor) -> Tensor:
         """Logits [B, T, Vo] of rows of a decoder-only variant, without the cache; for measuring.
@@ -220,6 +233,7 @@ class Engine:
         Raises:
             NotFound: The bundle has no such variant.
             InvalidRecipe: It is served already, or does not fit beside the pinned ones.
+            NotEnoughRoom: Residents may then take more than device memory was planned for.
         """
         self.bundle.variant(variant)
         if variant in self._intake.limits:
@@ -227,7 +241,8 @@ class Engine:
         self._store.add(variant)
         try:
             self._check_residency([variant], self._residents.residency.pinned)
-        except InvalidRecipe:
+            self._check_memory(variant)
+        except MoemergeError:
             self._store.forget(variant)
             raise
         self._open(variant)
@@ -248,7 +263,7 @@ class Engine:
 
         Raises:
             NotFound: It is not served.
-            InvalidRecipe: There is no room because others are busy or pinned.
+            Busy: There is no room because others are busy or pinned.
             LoadingFailed: Its tensors cannot be had.
         """
         self.limits_of(variant)
@@ -265,8 +280,8 @@ class Engine:
         """Make a variant resident and keep it.
 
         Raises:
-            NotFound, InvalidRecipe, LoadingFailed: As `ensure_resident`; or no room would be left for the
-                others.
+            NotFound, Busy, LoadingFailed: As `ensure_resident`.
+            InvalidRecipe: No room would be left for the others.
         """
         self.limits_of(variant)
         residency = self._residents.residency
@@ -346,6 +361,16 @@ class Engine:
                 raise InvalidRecipe(
                     f"resident is {self.options.resident}, which leaves no room for variant {name}{others}"
                 )
+
+    def _check_memory(self, variant: str) -> None:
+        planned = self._memory.resident_bytes
+        names = [*self._intake.limits, variant]
+        needed = self._resident_limit.most_bytes(names, self._store)
+        if planned is not None and needed > planned:
+            raise NotEnoughRoom(
+                f"with variant {variant} residents may take {needed} bytes of device memory, {planned} are "
+                f"planned. Limit how many are resident, or start with it"
+            )
 
     def _move_variants(self, now_s: float) -> None:
         try:

@@ -22,6 +22,7 @@ class Loader:
         self._jobs: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
         self._result: Result | None = None
         self._is_done = threading.Event()
+        self._is_free: torch.cuda.Event | None = None
         self._thread: threading.Thread | None = None
         self.current: Transfer | None = None
 
@@ -32,6 +33,9 @@ class Loader:
             self._thread = threading.Thread(target=self._work, name="moemerge-loader", daemon=True)
             self._thread.start()
         self.current = transfer
+        if self._device.type == "cuda":
+            # The memory may be what a step still under way has just let go.
+            self._is_free = torch.cuda.current_stream(self._device).record_event()
         self._is_done.clear()
         self._jobs.put(transfer)
 
@@ -65,6 +69,8 @@ class Loader:
         stream = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
         while (transfer := self._jobs.get()) is not None:
             try:
+                if stream is not None and self._is_free is not None:
+                    stream.wait_event(self._is_free)
                 with torch.cuda.stream(stream) if stream is not None else nullcontext():
                     swap = transfer.carry_out()
                 if stream is not None:

@@ -38,7 +38,8 @@ class EngineOptions:
         cache_memory: Bytes of the key/value cache; None for an eighth of the memory there is, at most what
             `max_batch` sequences of full length take.
         block_tokens: Tokens per block of the cache.
-        pack: Whether pool experts may take the blocked layout of the CPU's matrix kernels.
+        pack: Whether what stays in memory, the pool and with `all` the residents, may take the blocked layout
+            of the CPU's matrix kernels.
         max_batch, max_step_tokens, max_wait_s, quantum_s, weights: See `Limits`.
         patience_s, min_hold_s, drain_s: See `Patience`; None for what suits the policy.
     """
@@ -150,10 +151,17 @@ def parse_resident(text: str) -> ResidentLimit:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How device memory is divided; `pool_bytes` is None when the whole pool is to be held."""
+    """How device memory is divided.
+
+    Attributes:
+        num_blocks: Of the key/value cache.
+        pool_bytes: For pool experts; None when the whole pool is to be held.
+        resident_bytes: For residents; None when nothing limits them.
+    """
 
     num_blocks: int
-    pool_bytes: int | None
+    pool_bytes: int | None = None
+    resident_bytes: int | None = None
 
 
 def plan_memory(
@@ -188,7 +196,7 @@ def plan_memory(
             f"takes {format_size(block_bytes)}"
         )
     if memory is None:
-        return MemoryPlan(num_blocks, None)
+        return MemoryPlan(num_blocks)
     left = memory - resident_bytes - num_blocks * block_bytes
     if left <= 0:
         raise NotEnoughRoom(
@@ -196,7 +204,8 @@ def plan_memory(
             f"({format_size(resident_bytes)}) and the key/value cache "
             f"({format_size(num_blocks * block_bytes)}). Give more, or fewer residents"
         )
-    return MemoryPlan(num_blocks, left if left < pool_bytes(bundle, store.dtype) else None)
+    fits = left >= pool_bytes(bundle, store.dtype)
+    return MemoryPlan(num_blocks, None if fits else left, resident_bytes)
 
 
 def choose_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moemerge.bundle.reader import Bundle
+from moemerge.checkpoint.tensors import require_mapped
 from moemerge.errors import DamagedBundle, NotEnoughRoom
 from moemerge.models import Activation, PlainPoolLayer, PoolLayer
 from moemerge.models.products import can_pack, pack
@@ -31,13 +32,10 @@ class ExpertPool:
     ) -> None:
         self.is_packed = is_packed and can_pack(dtype, device)
         activation = activation_of(bundle)
-        self.nbytes = 0
+        self.nbytes = pool_bytes(bundle, dtype)
         self.layers: dict[int, PoolLayer] = {}
         for layer in bundle.manifest.layers:
             experts = [self._load(parts, dtype, device) for parts in bundle.map_pool(layer.index)]
-            self.nbytes += sum(
-                tensor.nbytes for parts in bundle.map_pool(layer.index) for tensor in parts.values()
-            )
             self.layers[layer.index] = PlainPoolLayer(experts, activation)
 
     hits = 0
@@ -48,7 +46,8 @@ class ExpertPool:
 
     def _load(self, stored: Parts, dtype: torch.dtype, device: torch.device) -> Parts:
         if not self.is_packed:
-            return {part: tensor.to(device=device, dtype=dtype) for part, tensor in stored.items()}
+            # Never the mapped file itself: it may change, and its pages come and go.
+            return {part: t.to(device=device, dtype=dtype, copy=True) for part, t in stored.items()}
         return {part: pack(tensor) for part, tensor in _fused(stored).items()}
 
 
@@ -83,6 +82,7 @@ class CachedExpertPool:
                 f"memory, or fewer residents or less memory for the key/value cache"
             )
         self._stored = {layer.index: bundle.map_pool(layer.index) for layer in bundle.manifest.layers}
+        self._sources = {layer.index: bundle.pool(layer.index) for layer in bundle.manifest.layers}
         self._dtype, self._device = dtype, device
         self._held: OrderedDict[tuple[int, int], Parts] = OrderedDict()
         self.layers: dict[int, PoolLayer] = {
@@ -95,15 +95,20 @@ class CachedExpertPool:
         return sum(tensor.nbytes for parts in self._held.values() for tensor in parts.values())
 
     def expert(self, layer_index: int, pool_index: int) -> PoolLayer:
-        """A pool expert, fetched if it is not there; valid until the next call."""
+        """A pool expert, fetched if it is not there; valid until the next call.
+
+        Raises:
+            DamagedInput: The bundle's file has become shorter.
+        """
         key = (layer_index, pool_index)
         if key in self._held:
             self.hits += 1
             self._held.move_to_end(key)
         else:
             self.misses += 1
+            stored = self._mapped(layer_index, pool_index)
             place = self._free_place()
-            for part, tensor in self._stored[layer_index][pool_index].items():
+            for part, tensor in stored.items():
                 place[part].copy_(tensor)
             self._held[key] = place
         return PlainPoolLayer([self._held[key]], self._activation)
@@ -112,14 +117,19 @@ class CachedExpertPool:
         """Prove that what is held is the bundle's, in no more places than there are.
 
         Raises:
-            DamagedBundle: It is not.
+            DamagedInput: It is not.
         """
         assert len(self._held) <= self.num_places
         for (layer_index, pool_index), parts in self._held.items():
+            stored = self._mapped(layer_index, pool_index)
             for part, tensor in parts.items():
-                stored = self._stored[layer_index][pool_index][part].to(self._dtype)
-                if not torch.equal(stored, tensor.cpu()):
+                if not torch.equal(stored[part].to(self._dtype), tensor.cpu()):
                     raise DamagedBundle(f"pool expert {pool_index} of layer {layer_index}: {part} differs")
+
+    def _mapped(self, layer_index: int, pool_index: int) -> Parts:
+        for source in self._sources[layer_index][pool_index].values():
+            require_mapped(source)
+        return self._stored[layer_index][pool_index]
 
     def _free_place(self) -> Parts:
         if len(self._held) < self.num_places:

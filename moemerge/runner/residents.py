@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
-from moemerge.errors import InvalidRecipe, MoemergeError, ServingError
+from moemerge.errors import Busy, ServingError
 from moemerge.runner.forward import Forward
 from moemerge.runner.loader import Loader
 from moemerge.runner.residency import Residency
@@ -96,7 +96,7 @@ class Residents:
         """Make a variant resident now, at the cost of idle ones.
 
         Raises:
-            InvalidRecipe: There is no room because others are busy or pinned.
+            Busy: There is no room because others are busy or pinned.
             LoadingFailed: Its tensors cannot be had.
         """
         self.settle(now_s)
@@ -105,7 +105,7 @@ class Residents:
             return Swap(variant=variant, moved_bytes=0, kept_bytes=kept, seconds=0.0)
         evict = self.residency.find_room(variant, demand, now_s)
         if evict is None:
-            raise InvalidRecipe(f"there is no room for variant {variant} beside those busy or pinned")
+            raise Busy(f"there is no room for variant {variant} beside those busy or pinned; try again later")
         self._begin(variant, evict, now_s)
         self.wait()
         swap = self.receive(now_s)
@@ -132,9 +132,7 @@ class Residents:
             self._uninstall(idle, now_s)
         try:
             transfer = self.store.prepare(variant, instead_of=evict)
-        except MoemergeError as error:
-            for idle in evict:
-                self.store.release(idle)
+        except Exception as error:  # out of memory, or a file of the bundle is gone
             raise LoadingFailed(variant, error) from error
         self.residency.begin_loading(variant)
         self._loader.start(transfer)

@@ -1,8 +1,8 @@
 """Choosing the next tokens from logits: penalties, temperature, truncation, and log-probabilities.
 
-Semantics are vLLM's: the repetition penalty covers prompt and answer, presence and frequency penalties the
-answer; then come `logit_bias`, temperature, `min_p`, `top_k` and `top_p`. Log-probabilities are the model's
-own, before any of that. Two differences: `top_k` keeps exactly k tokens, of equally likely ones those with
+Semantics are vLLM's: `logit_bias` comes first, then penalties, the repetition penalty over prompt and answer,
+presence and frequency penalties over the answer; then temperature, `min_p`, `top_k` and `top_p`.
+Log-probabilities are the model's own, before any of that. Two differences: `top_k` keeps exactly k tokens, of equally likely ones those with
 the smallest ids, and the random number of a position comes from the seed and that position alone, so that
 neither the batch nor a preemption changes an answer. Knows nothing of models and requests.
 """
@@ -177,6 +177,10 @@ class Sampler:
     def _adjust(self, scores_V: Tensor) -> Tensor:
         """Penalties and biases, in place."""
         sampling = self.sampling
+        if sampling.logit_bias:
+            biased = _indices(sampling.logit_bias, scores_V)
+            biases = [sampling.logit_bias[token_id] for token_id in biased.tolist()]
+            scores_V[biased] += torch.tensor(biases, dtype=scores_V.dtype)
         if sampling.has_penalties:
             seen = _indices(self._prompt | self._answer.keys(), scores_V)
             repetition = sampling.repetition_penalty
@@ -185,10 +189,6 @@ class Sampler:
             answered = _indices(self._answer, scores_V)
             counts = torch.tensor([self._answer[i] for i in answered.tolist()], dtype=scores_V.dtype)
             scores_V[answered] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-        if sampling.logit_bias:
-            biased = _indices(sampling.logit_bias, scores_V)
-            biases = [sampling.logit_bias[token_id] for token_id in biased.tolist()]
-            scores_V[biased] += torch.tensor(biases, dtype=scores_V.dtype)
         if self._forbids_stop:
             scores_V[_indices(self._stop_ids, scores_V)] = -math.inf
         return scores_V

@@ -8,7 +8,7 @@
 
 Between variants admission is fair by token counters (VTC, Sheng et al., OSDI 2024): the waiting variant
 with the least weighted service goes first, and one that comes back starts no lower than the least busy.
-A request that has waited for `max_wait_s` goes before all others; if its variant has nothing running, it
+A variant that waits and got nothing in for `max_wait_s` goes before all others; if it has nothing running, it
 takes the place of the most served variants' youngest sequences. No admission is in vain: but for want of
 blocks, a sequence is only preempted after it got a token more.
 """
@@ -40,8 +40,8 @@ class Limits:
 
     Attributes:
         max_batch: Sequences that run at once.
-        max_step_tokens: Tokens that a step computes; one encoder input may go beyond, alone.
-        max_wait_s: Wait after which a request goes before all others.
+        max_step_tokens: Tokens that a step computes; the first encoder input of a step may go beyond.
+        max_wait_s: Time without an admission after which a variant's first request goes before all others.
         quantum_s: Time that `grouped` stays with a variant while others wait.
         weights: Share of service by variant; 1 for those not named.
     """
@@ -114,6 +114,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._waiting: dict[str, deque[Sequence]] = {}
         self._served: dict[str, float] = {}
+        self._admitted_s: dict[str, float] = {}
         self._turn: str | None = None
         self._turn_since_s = 0.0
 
@@ -276,11 +277,13 @@ class Scheduler:
         num_stepping = sum(sequence.variant in stepping for sequence in self.running)
         while step.tokens_left > 0 and num_stepping < self.limits.max_batch:
             head = self._next_in_line(opening, now_s, step)
-            if head is None or not self._fits(head) or (head.num_to_encode >= step.tokens_left and step.work):
+            if head is None or not self._fits(head):
+                return
+            if step.has_encoded and head.num_to_encode >= step.tokens_left:
                 return
             self._waiting[head.variant].popleft()
             head.state = State.RUNNING
-            head.running_since_s = now_s
+            head.running_since_s = self._admitted_s[head.variant] = now_s
             head.admitted_s = now_s if head.admitted_s is None else head.admitted_s
             self.running.append(head)
             num_stepping += 1
@@ -294,16 +297,22 @@ class Scheduler:
         if self.policy is Policy.FCFS:
             first = min(self._heads(), key=lambda s: s.number, default=None)
             return first if first in heads else None
-        overdue = [head for head in heads if now_s - head.queued_s >= self.limits.max_wait_s]
+        overdue = [head for head in heads if self._is_overdue(head, now_s)]
         if overdue:
-            served = {sequence.variant for sequence in self.running}
-            return min(overdue, key=lambda s: (s.variant in served, s.queued_s, s.number))
+            return min(overdue, key=lambda s: (self._left_out_since_s(s), s.number))
         return min(heads, key=lambda s: (self._served[s.variant], s.number), default=None)
+
+    def _is_overdue(self, head: Sequence, now_s: float) -> bool:
+        return now_s - self._left_out_since_s(head) >= self.limits.max_wait_s
+
+    def _left_out_since_s(self, head: Sequence) -> float:
+        """Since when its variant waits and gets nothing in; waiting behind one's own kind does not count."""
+        return max(head.queued_s, self._admitted_s.get(head.variant, head.queued_s))
 
     def _make_room_for_overdue(self, now_s: float, opening: list[str], step: "_Step") -> None:
         """An overdue request whose variant has nothing running gets the room of others."""
         head = self._next_in_line(opening, now_s, step) if self.policy is Policy.MIXED else None
-        if head is None or now_s - head.queued_s < self.limits.max_wait_s:
+        if head is None or not self._is_overdue(head, now_s):
             return
         if any(s.variant == head.variant for s in self.running):
             return
@@ -344,8 +353,10 @@ class _Step:
         self.numbers: set[int] = set()
         self.preempted: list[Sequence] = []
         self.is_short_of_blocks = False
+        self.has_encoded = False
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
         self.work.append(Work(sequence, num_tokens, encode=sequence.num_to_encode > 0))
         self.numbers.add(sequence.number)
+        self.has_encoded |= sequence.num_to_encode > 0
         self.tokens_left -= num_tokens + sequence.num_to_encode

@@ -72,7 +72,8 @@ class EngineService:
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Take no more requests, give those there `drain_s` to finish, cancel the rest, and end."""
-        self._is_stopping = True
+        with self._lock:
+            self._is_stopping = True
         deadline_s = time.perf_counter() + drain_s
         while self.is_alive and self.num_unfinished and time.perf_counter() < deadline_s:
             time.sleep(_DRAIN_POLL_S)
@@ -110,7 +111,7 @@ class EngineService:
             self._check_room(request.variant)
             self._listeners[request.request_id] = (request.variant, listener)
             self._unfinished[request.variant] += 1
-        self._calls.put(lambda: self._submit(request))
+            self._calls.put(lambda: self._submit(request))
 
     def cancel(self, request_id: str) -> None:
         """End a request before its next step; its listener is told. Unknown ids are passed over."""
@@ -201,6 +202,20 @@ class EngineService:
     # On the engine's thread
 
     def _work(self) -> None:
+        error = None
+        try:
+            self._serve()
+        except Exception as failure:
+            _LOG.exception("the engine's thread failed; all requests end with an error")
+            error = f"the engine failed: {failure}"
+        finally:
+            with self._lock:
+                self._is_stopping = True
+            reason = FinishReason.CANCELLED if error is None else FinishReason.ERROR
+            self._tell([Output(request_id=i, finish=reason, error=error) for i in list(self._listeners)])
+            self._engine.close()
+
+    def _serve(self) -> None:
         last_s = 0.0
         while not self._has_ended.is_set():
             self._take_calls()
@@ -214,7 +229,6 @@ class EngineService:
             self._engine.cancel(request_id)
         self._tell(self._engine.step() if self._engine.has_work else [])
         self._publish()
-        self._engine.close()
 
     def _take_calls(self) -> None:
         """Carry out what was asked for; wait for something when there is nothing else to do."""

@@ -1,9 +1,9 @@
 """Non-expert tensors in device memory: each once, counted by the variants that use it.
 
 Tensors that the bundle stores once for several variants are one tensor here too and never moved for
-the second of them. Memory of a variant that is set aside is kept for the next of the same shapes, since
-fresh memory costs several times the copy (page faults). Where nothing will ever be set aside, matrices may
-take the packed layout instead, which costs more to fill and less to multiply with.
+the second of them. Memory of a variant that is set aside serves the one that takes its place, where shapes
+agree, since fresh memory costs several times the copy (page faults). Where nothing will ever be set aside,
+matrices may take the packed layout instead, which costs more to fill and less to multiply with.
 """
 
 import time
@@ -116,7 +116,8 @@ class WeightStore:
     def forget(self, variant: str) -> None:
         """Know a variant no more; it must not be held."""
         placement = self._placements.pop(variant)
-        assert not any(variant in self._users[tensor] for tensor in placement.values())
+        assert not any(variant in self._users.get(tensor, ()) for tensor in placement.values())
+        self._spare.clear()
 
     @property
     def resident_bytes(self) -> int:
@@ -146,26 +147,33 @@ class WeightStore:
 
         Args:
             variant: Not held yet.
-            instead_of: Held variants to set aside for it; what they share with it stays where it is.
+            instead_of: Held variants to set aside for it, also when this fails; what they share with it stays
+                where it is.
 
         Raises:
+            RuntimeError: There is no memory.
             DamagedInput, NotFound: A file of the bundle cannot be mapped.
         """
         placement = self._placements[variant]
         places = list(dict.fromkeys(placement.values()))
         missing = [place for place in places if place not in self._held]
-        sources = {place: self._source(place) for place in missing}
         packs = self._to_be_packed(placement).intersection(missing)
         for place in places:
             self._users[place].add(variant)
         for held in instead_of:
             self.release(held)
-        for place in missing:
-            if place not in packs:
-                self._held[place] = self._take(torch.Size(place.shape))
+        try:
+            sources = {place: self._source(place) for place in missing}
+            taken = {place: self._take(torch.Size(place.shape)) for place in missing if place not in packs}
+        except Exception:
+            self.release(variant)
+            raise
+        finally:
+            self._spare.clear()
+        self._held.update(taken)
         return Transfer(
             variant,
-            tuple((place, sources[place], self._held[place]) for place in missing if place not in packs),
+            tuple((place, sources[place], tensor) for place, tensor in taken.items()),
             tuple((place, sources[place]) for place in missing if place in packs),
             sum(place.nbytes for place in places) - sum(place.nbytes for place in missing),
         )
@@ -175,7 +183,7 @@ class WeightStore:
         self._held.update(transfer.packed)
 
     def release(self, variant: str) -> None:
-        """Set a variant aside; memory that nobody else uses is kept for the next one."""
+        """Set a variant aside; memory that nobody else uses is for the one that comes next."""
         for place in set(self._placements[variant].values()):
             self._users[place].discard(variant)
             if not self._users[place]:

@@ -196,11 +196,11 @@ class World:
         assert len({s.number for s in sequences}) == len(sequences), "a sequence runs twice in a step"
         assert len(sequences) <= self.limits.max_batch
         assert not {s.number for s in plan.preempted} & {s.number for s in sequences}
-        num_tokens = sum(
-            work.num_tokens + (len(work.sequence.source_ids) if work.encode else 0) for work in plan.work
-        )
-        is_one_encoder_input = len(plan.work) == 1 and plan.work[0].encode
-        assert num_tokens <= self.limits.max_step_tokens or is_one_encoder_input, "over the step's budget"
+        sources = [len(work.sequence.source_ids) for work in plan.work if work.encode]
+        num_tokens = sum(work.num_tokens for work in plan.work) + sum(sources[1:])
+        assert num_tokens <= self.limits.max_step_tokens, "over the step's budget"
+        if len(sources) > 1:
+            assert num_tokens + sources[0] <= self.limits.max_step_tokens, "a second encoder input too much"
         for work in plan.work:
             sequence = work.sequence
             assert sequence.state is State.RUNNING

@@ -221,11 +221,11 @@ def test_penalties_are_those_of_an_obvious_loop(logits, prompt, answer):
         sampler.accept(token)
     expected = []
     for token, logit in enumerate(logits):
-        score = logit
+        score = logit + {1: 2.0, 11: -1}.get(token, 0)
         if token in prompt + answer:
             score = score / 1.7 if score > 0 else score * 1.7
         score -= -0.3 * answer.count(token) + 0.4 * (token in answer)
-        expected.append(score + {1: 2.0, 11: -1}.get(token, 0))
+        expected.append(score)
     adjusted = sampler._adjust(torch.tensor(logits, dtype=torch.float64))
     assert adjusted.tolist() == pytest.approx(expected)
 
