@@ -7,6 +7,7 @@ non-expert tensors are each variant's own. An engine belongs to one thread; `Eng
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -85,7 +86,7 @@ class Engine:
         self.scheduler = Scheduler(self._blocks, options.limits(), options.chosen_policy())
         self._residents = Residents(
             Residency(
-                lambda variants: self._resident_limit.fits(variants, self._store),
+                partial(self._resident_limit.fits, store=self._store),
                 options.patience(),
                 set(options.pinned),
             ),

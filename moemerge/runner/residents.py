@@ -1,15 +1,15 @@
 """Carries out what residency decides: sets variants aside, loads others beside the computing."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 from moemerge.errors import Busy, ServingError
 from moemerge.runner.forward import Forward
 from moemerge.runner.loader import Loader
 from moemerge.runner.residency import Residency
 from moemerge.runner.scheduler import Demand
-from moemerge.runner.weights import Swap, WeightStore
+from moemerge.runner.weights import Swap, Transfer, WeightStore
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Residents:
         self.receive(now_s)
         moves = self.residency.plan(demand, now_s)
         if moves.load is not None:
-            self._begin(moves.load, moves.evict, now_s)
+            self._loader.start(self._prepare(moves.load, moves.evict, now_s))
         return moves.empty
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -71,23 +71,14 @@ class Residents:
         transfer = self._loader.current
         if transfer is None:
             return None
-        try:
+        with self._undone_on_failure(transfer.variant):
             swap = self._loader.poll()
-        except Exception as error:
-            self.residency.failed(transfer.variant)
-            self.store.release(transfer.variant)
-            raise LoadingFailed(transfer.variant, error) from error
-        if swap is None:
-            return None
-        self.store.finish(transfer)
-        self.residency.loaded(swap.variant, now_s)
-        self._forward.install(swap.variant, self.store.weights(swap.variant))
-        self._on_swap(swap)
-        _LOG.debug("%s is resident: %d bytes in %.4f s", swap.variant, swap.moved_bytes, swap.seconds)
+        if swap is not None:
+            self._install(transfer, swap, now_s)
         return swap
 
     def settle(self, now_s: float) -> None:
-        """Wait for the variant on its way; who needs it is told if it cannot be had."""
+        """Wait for the variant on its way; one that cannot be had is asked for again by those who need it."""
         self.wait()
         with suppress(LoadingFailed):
             self.receive(now_s)
@@ -106,10 +97,10 @@ class Residents:
         evict = self.residency.find_room(variant, demand, now_s)
         if evict is None:
             raise Busy(f"there is no room for variant {variant} beside those busy or pinned; try again later")
-        self._begin(variant, evict, now_s)
-        self.wait()
-        swap = self.receive(now_s)
-        assert swap is not None
+        transfer = self._prepare(variant, evict, now_s)
+        with self._undone_on_failure(variant):
+            swap = transfer.carry_out()  # nothing else is computed meanwhile, so no other thread is needed
+        self._install(transfer, swap, now_s)
         return swap
 
     def remove(self, variant: str, now_s: float) -> None:
@@ -125,9 +116,10 @@ class Residents:
     def close(self) -> None:
         """End the loader's thread."""
         self._loader.close()
+        self._on_swap = lambda swap: None  # whoever listens holds this: its memory is to be free at once
 
-    def _begin(self, variant: str, evict: Collection[str], now_s: float) -> None:
-        """Set some variants aside and load another one in their place."""
+    def _prepare(self, variant: str, evict: Collection[str], now_s: float) -> Transfer:
+        """Set some variants aside and find memory for another one in their place."""
         for idle in evict:
             self._uninstall(idle, now_s)
         try:
@@ -135,7 +127,23 @@ class Residents:
         except Exception as error:  # out of memory, or a file of the bundle is gone
             raise LoadingFailed(variant, error) from error
         self.residency.begin_loading(variant)
-        self._loader.start(transfer)
+        return transfer
+
+    @contextmanager
+    def _undone_on_failure(self, variant: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.residency.failed(variant)
+            self.store.release(variant)
+            raise LoadingFailed(variant, error) from error
+
+    def _install(self, transfer: Transfer, swap: Swap, now_s: float) -> None:
+        self.store.finish(transfer)
+        self.residency.loaded(swap.variant, now_s)
+        self._forward.install(swap.variant, self.store.weights(swap.variant))
+        self._on_swap(swap)
+        _LOG.debug("%s is resident: %d bytes in %.4f s", swap.variant, swap.moved_bytes, swap.seconds)
 
     def _uninstall(self, variant: str, now_s: float) -> None:
         self.residency.evicted(variant, now_s)

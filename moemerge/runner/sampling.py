@@ -2,9 +2,10 @@
 
 Semantics are vLLM's: `logit_bias` comes first, then penalties, the repetition penalty over prompt and answer,
 presence and frequency penalties over the answer; then temperature, `min_p`, `top_k` and `top_p`.
-Log-probabilities are the model's own, before any of that. Two differences: `top_k` keeps exactly k tokens, of equally likely ones those with
-the smallest ids, and the random number of a position comes from the seed and that position alone, so that
-neither the batch nor a preemption changes an answer. Knows nothing of models and requests.
+Log-probabilities are the model's own, before any of that. Two differences: `top_k` keeps exactly k tokens,
+of equally likely ones those with the smallest ids, and the random number of a position comes from the
+seed and that position alone, so that neither the batch nor a preemption changes an answer. Knows nothing
+of models and requests.
 """
 
 import math

@@ -299,7 +299,8 @@ class Scheduler:
             return first if first in heads else None
         overdue = [head for head in heads if self._is_overdue(head, now_s)]
         if overdue:
-            return min(overdue, key=lambda s: (self._left_out_since_s(s), s.number))
+            active = {sequence.variant for sequence in self.running}
+            return min(overdue, key=lambda s: (s.variant in active, self._left_out_since_s(s), s.number))
         return min(heads, key=lambda s: (self._served[s.variant], s.number), default=None)
 
     def _is_overdue(self, head: Sequence, now_s: float) -> bool:

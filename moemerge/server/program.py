@@ -139,6 +139,7 @@ def serve_bundle(
     """
     with open_socket(host, port, options.write_timeout_s) as listener:
         engine = Engine(bundle, engine_options)
+        engine.preload()
         service = EngineService(engine, max_queue=max_queue, max_queue_per_variant=max_queue_per_variant)
         serving = Serving(bundle=bundle, service=service, options=options)
         for name in service.variants:
