@@ -123,6 +123,28 @@ def test_an_overdue_request_of_an_idle_variant_is_admitted_soon(flood, num_promp
     flood.steps_until(lambda: request.admitted_s is not None, 10 * world.limits.max_wait_s + bound)
 
 
+@given(max_batch=st.integers(1, 4), num_others=st.integers(1, 3), backlog=st.integers(0, 10))
+@settings(max_examples=20)
+def test_long_answers_of_others_keep_no_variant_out(max_batch, num_others, backlog):
+    """After `max_wait_s`, or as many steps as there are others, one of them makes room."""
+    *others, late = "abcd"[: num_others + 1]
+    world = World(
+        variants=(*others, late),
+        capacity=4,
+        num_blocks=10_000,
+        limits=Limits(max_batch=max_batch, max_step_tokens=64, max_wait_s=1.0),
+    )
+    world.preload()
+    for number in range(max_batch + backlog):
+        world.submit(others[number % num_others], 4, 10_000)
+    for _ in range(4):
+        world.step()
+    request = world.submit(late, 4, 1)
+    for _ in range(10 + num_others + 2):
+        world.step()
+    assert request.admitted_s is not None
+
+
 @given(
     seed=st.integers(0, 99),
     weights=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0, 5.0])] * 2),
