@@ -45,8 +45,10 @@ def map_overhead(engine: Engine, variant: str, tokens: int, repeats: int) -> dic
     bundle, dtype, device = engine.bundle, engine.dtype, engine.device
     model = model_of(bundle, variant)
     assert isinstance(model, Decoder)
-    store = WeightStore(bundle, [variant], dtype, device)
-    store.prepare(variant).carry_out()
+    store = WeightStore(bundle, [variant], dtype, device, is_packed=engine.has_packed_residents)
+    transfer = store.prepare(variant)
+    transfer.carry_out()
+    store.finish(transfer)
     weights = OneVariant(store.weights(variant))
     pool = load_pool(bundle, dtype, device, memory_bytes=None, is_packed=engine.options.pack)
     entries = bundle.manifest.variants

@@ -216,6 +216,11 @@ class Engine:
     # Variants
 
     @property
+    def has_packed_residents(self) -> bool:
+        """Whether non-expert matrices take the packed layout, too."""
+        return self._store.is_packed
+
+    @property
     def variants(self) -> Mapping[str, VariantLimits]:
         """Variants that are served, and what requests to them may hold."""
         return dict(self._intake.limits)
