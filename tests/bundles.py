@@ -7,6 +7,8 @@ Four variants of one base. `plain` is a fine-tune of it; `large` has more tokens
 different arithmetic where the family has one: another rotary base and a sliding window.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moemerge.bundle.reader import Bundle, open_bundle
@@ -16,6 +18,7 @@ from moemerge.consolidation.recipe import options_of
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
 from moemerge.runner.options import EngineOptions
+from moemerge.runner.request import FinishReason, Output, Request, TokenLogprob
 from tests.factories import write_checkpoint
 
 NAMES = ("plain", "large", "twin", "odd")
@@ -47,6 +50,41 @@ def open_engine(bundle: Bundle | Path, **options: object) -> Engine:
     """An engine over a bundle."""
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     return Engine(opened, EngineOptions(**options))  # type: ignore[arg-type]
+
+
+@dataclass
+class Answer:
+    """What an engine told about one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish: FinishReason | None = None
+    error: str | None = None
+
+    def add(self, output: Output) -> None:
+        assert self.finish is None, "told something after the end"
+        assert (output.timing is not None) == (output.finish is not None)
+        self.tokens += output.token_ids
+        self.logprobs += output.logprobs
+        if output.prompt_logprobs is not None:
+            assert self.prompt_logprobs is None, "told the prompt twice"
+            self.prompt_logprobs = output.prompt_logprobs
+        self.finish, self.error = output.finish, output.error
+
+
+def collect(outputs: Iterable[Output]) -> dict[str, Answer]:
+    """Answers by request."""
+    answers: dict[str, Answer] = {}
+    for output in outputs:
+        answers.setdefault(output.request_id, Answer()).add(output)
+    return answers
+
+
+def run(engine: Engine, *requests: Request) -> list[Answer]:
+    """The answers to these requests, computed together."""
+    answers = collect(engine.run(requests))
+    return [answers[request.request_id] for request in requests]
 
 
 def _is_routing(name: str) -> bool:

@@ -17,6 +17,7 @@ from moemerge.errors import (
     InvalidRecipe,
     MoemergeError,
     NotEnoughRoom,
+    NotFound,
     ServingError,
     UnsupportedCheckpoint,
 )
@@ -65,6 +66,9 @@ class Engine:
         names = options.variants or tuple(bundle.manifest.variants)
         for name in (*names, *options.pinned, *options.weights):
             bundle.variant(name)
+        for name in options.pinned:
+            if name not in names:
+                raise NotFound(f"no variant {name!r} is served; there are {', '.join(names)}")
         self._resident_limit = parse_resident(options.resident)
         # Packing pays for tensors that stay, not for those that make room for others.
         stays = options.pack and self._resident_limit == ResidentLimit()
