@@ -105,4 +105,54 @@ def test_device_memory_is_kept_whatever_it_is_divided_into(resident, experts, mi
     for name in NAMES:
         list(engine.generate(name, [5, 6, 7], max_tokens=5))
         state = engine.snapshot()
-        cache_bytes = state.blocks_total * BLOCK_BYTES
+        cache_bytes = state.blocks_total * BLOCK_BYTES        assert cache_bytes <= 2**16
+        assert state.pool_bytes + state.resident_bytes + cache_bytes <= memory
+        assert state.resident_bytes <= limit.most_bytes(NAMES, store)
+    assert (state.expert_misses == 0) == (experts == 1000)
+    engine.verify_integrity()
+    engine.close()
+
+
+def test_the_cache_holds_all_sequences_in_full_length_unless_memory_is_short(mixtral_bundle):
+    engine = open_engine(mixtral_bundle, max_batch=3)
+    assert engine.snapshot().blocks_total == 3 * 128 // 16
+    engine.close()
+    short = open_engine(mixtral_bundle, max_batch=3, cache_memory=10_000)
+    assert short.snapshot().blocks_total == 10_000 // BLOCK_BYTES
+    assert short.limits_of("plain").context_tokens == 2 * 16, "no longer than the cache"
+    short.close()
+
+
+def test_residents_are_counted_or_weighed(mixtral_bundle):
+    store = WeightStore(mixtral_bundle, NAMES, torch.float32, CPU)
+    plain, both = store.set_bytes(["plain"]), store.set_bytes(["plain", "twin"])
+    assert plain < both < 2 * plain, "they share tensors"
+    for text, fits in (("all", True), ("2", True), ("1", False), (f"{both}B", True), (f"{both - 1}B", False)):
+        assert parse_resident(text).fits(["plain", "twin"], store) == fits
+    assert parse_resident("1").most_bytes(NAMES, store) == store.set_bytes(["large"])
+    assert parse_resident("4").most_bytes(NAMES, store) == store.set_bytes(NAMES)
+    assert parse_resident("50kB").most_bytes(NAMES, store) == 50_000
+
+
+def test_policies_have_a_patience_of_their_own_that_may_be_replaced():
+    fcfs, mixed = EngineOptions(policy="fcfs"), EngineOptions(policy="mixed")
+    assert fcfs.chosen_policy() is Policy.FCFS
+    assert fcfs.patience().patience_s == 0
+    assert fcfs.patience().drain_s == float("inf"), "in order of arrival nobody is interrupted"
+    assert 0 < mixed.patience().patience_s < mixed.patience().drain_s < float("inf")
+    assert EngineOptions(policy="fcfs", drain_s=2.0).patience().drain_s == 2.0
+
+
+@pytest.mark.parametrize(
+    ("stored", "chosen"),
+    [
+        ("BF16", torch.bfloat16),
+        ("F32", torch.float32),
+        ("F16", torch.float32),  # slow and narrow on a CPU
+        ("F64", torch.float32),
+    ],
+)
+def test_computes_as_stored_where_that_is_sensible(stored, chosen, tmp_path):
+    bundle = open_bundle(write_bundle(tmp_path, dtype=stored))
+    assert choose_dtype(bundle, "auto", CPU) == chosen
+    assert choose_dtype(bundle, "float16", CPU) == torch.float16
