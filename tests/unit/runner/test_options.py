@@ -105,7 +105,8 @@ def test_device_memory_is_kept_whatever_it_is_divided_into(resident, experts, mi
     for name in NAMES:
         list(engine.generate(name, [5, 6, 7], max_tokens=5))
         state = engine.snapshot()
-        cache_bytes = state.blocks_total * BLOCK_BYTES        assert cache_bytes <= 2**16
+        cache_bytes = state.blocks_total * BLOCK_BYTES
+        assert cache_bytes <= 2**16
         assert state.pool_bytes + state.resident_bytes + cache_bytes <= memory
         assert state.resident_bytes <= limit.most_bytes(NAMES, store)
     assert (state.expert_misses == 0) == (experts == 1000)
