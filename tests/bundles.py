@@ -64,7 +64,7 @@ class Answer:
 
     def add(self, output: Output) -> None:
         assert self.finish is None, "told something after the end"
-        assert (output.timing is not None) == (output.finish is not None)
+        assert output.timing is None or output.finish is not None
         self.tokens += output.token_ids
         self.logprobs += output.logprobs
         if output.prompt_logprobs is not None:
