@@ -346,9 +346,5 @@ def test_export_of_an_exact_bundle_loads_with_equal_logits(family, layout, tmp_p
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
         prompt = (60, 3, 3, 41, 18, 22, 9, 50, 31)
-        torch.testing.assert_close(
-            reference_logits(before, prompt, prompt),
-            reference_logits(after, prompt, prompt),
-            atol=1e-6,
-            rtol=0,
-        )
+        logits = [reference_logits(model, prompt, prompt) for model in (before, after)]
+        torch.testing.assert_close(*logits, atol=1e-6, rtol=0)
