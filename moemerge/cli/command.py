@@ -53,8 +53,7 @@ def command(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
             _report(error, function.__name__, as_json=as_json)
             raise typer.Exit(error.exit_code) from error
         except (KeyboardInterrupt, _Terminated) as stop:
-            resumable = function.__name__ in ("merge", "pull")
-            hint(f"Stopped. {_RESUMABLE if resumable else _STOPPED}")
+            hint(f"Stopped.{_what_is_left(function.__name__, kwargs)}")
             raise typer.Exit(_stop_code(stop)) from stop
         except BrokenPipeError:
             # The reader of our output has gone; nobody is left to tell.
@@ -87,6 +86,13 @@ def run_program(program: Callable[[], None]) -> None:
         program()
     except (KeyboardInterrupt, _Terminated) as stop:
         raise SystemExit(_stop_code(stop)) from None
+
+
+def _what_is_left(name: str, options: dict[str, Any]) -> str:
+    """What a stopped command leaves, for those who would start it again."""
+    if name in ("merge", "pull") or (name == "run" and options.get("source")):
+        return f" {_RESUMABLE}"
+    return "" if name in ("run", "chat", "serve") else f" {_STOPPED}"
 
 
 def _stop_code(stop: BaseException) -> int:

@@ -179,10 +179,11 @@ def _run_file(
 ) -> None:
     from moemerge.bundle.reader import open_bundle
     from moemerge.runner.engine import Engine
-    from moemerge.text.request_files import RequestFile, run_request_file
+    from moemerge.text.request_files import RequestFile, check_target, run_request_file
 
     bundle = open_bundle(folder)
     requests = RequestFile(bundle, source, defaults=defaults, dtype=options.dtype)
+    check_target(target, requests)
     num_lines = requests.check()
     told = _Counter(num_lines, quiet=quiet or as_json)
     begin = time.perf_counter()

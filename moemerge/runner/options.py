@@ -189,6 +189,10 @@ def plan_memory(
         available = psutil.virtual_memory().available if memory is None else memory
         full = options.max_batch * (-(-(context_tokens or 4096) // options.block_tokens)) * block_bytes
         cache_bytes = min(full, max(int(available * _CACHE_SHARE), block_bytes))
+    elif memory is None and cache_bytes > psutil.virtual_memory().available:
+        raise NotEnoughRoom(
+            f"the key/value cache is to take {format_size(cache_bytes)}, more memory than is free"
+        )
     num_blocks = cache_bytes // block_bytes
     if num_blocks < 1:
         raise NotEnoughRoom(

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from moemerge.bundle.manifest import MANIFEST
 from moemerge.bundle.reader import Bundle
 from moemerge.bundle.target import locked, writing
-from moemerge.errors import Finding, InvalidRecipe, MoemergeError, NotFound, list_findings
+from moemerge.errors import Finding, InvalidRecipe, MoemergeError, NotFound
 from moemerge.runner.engine import Engine
 from moemerge.text.answers import RunningAnswer
 from moemerge.text.request_lines import RequestLine, parse_line
@@ -76,10 +76,10 @@ class RequestFile:
                 where = f"{self.source}, line {number}"
                 findings.append(Finding(level="error", code="REQUEST_LINE", where=where, found=str(error)))
         if findings:
-            shown = list_findings(
-                findings[:_SHOWN_FINDINGS], f"{self.source}: {len(findings)} lines are wrong"
-            )
-            raise InvalidRecipe(shown, findings)
+            what = "1 line is wrong" if len(findings) == 1 else f"{len(findings)} lines are wrong"
+            cut = f", the first {_SHOWN_FINDINGS}" if len(findings) > _SHOWN_FINDINGS else ""
+            shown = [f"  - {finding}" for finding in findings[:_SHOWN_FINDINGS]]
+            raise InvalidRecipe("\n".join([f"{self.source}: {what}{cut}", *shown]), findings)
         self.variants = tuple(variants)
         return count
 
@@ -141,8 +141,7 @@ def run_request_file(
         Busy: Another process writes it.
         NotEnoughRoom: The disk is full.
     """
-    if target.exists() and target.samefile(requests.source):
-        raise InvalidRecipe(f"{target}: requests and results cannot be the same file")
+    check_target(target, requests)
     with writing(target), locked(target):
         num_resumed = _keep_whole_results(target, requests)
         run = _Run(engine, requests.lines(start=num_resumed))
@@ -159,6 +158,18 @@ def run_request_file(
     )
 
 
+def check_target(target: Path, requests: RequestFile) -> None:
+    """Whether results can go there, before anything is loaded.
+
+    Raises:
+        InvalidRecipe: It is the file of requests, a folder or a device.
+    """
+    if target.exists() and not target.is_file():
+        raise InvalidRecipe(f"{target}: is not a regular file; results cannot be continued there")
+    if target.exists() and target.samefile(requests.source):
+        raise InvalidRecipe(f"{target}: requests and results cannot be the same file")
+
+
 def _keep_whole_results(target: Path, requests: RequestFile) -> int:
     """Count the results that are there, and cut one that was not written to its end.
 
@@ -172,10 +183,11 @@ def _keep_whole_results(target: Path, requests: RequestFile) -> int:
     with target.open("r+b") as file:
         end = 0
         for raw in file:
-            result = _read_result(raw, file)
-            if result is None:
+            number, digest = next(digests, (None, None))
+            if _is_torn(raw, number):
                 break
-            if next(digests, None) != (result.get("line"), result.get("digest")):
+            result = _read_result(raw)
+            if number is None or (number, digest) != (result.get("line"), result.get("digest")):
                 raise InvalidRecipe(
                     f"{target}, line {count + 1}: is not a result of {requests.source} with this bundle and "
                     f"these settings. Choose another output, or delete this one"
@@ -185,14 +197,20 @@ def _keep_whole_results(target: Path, requests: RequestFile) -> int:
     return count
 
 
-def _read_result(raw: bytes, file: BinaryIO) -> dict[str, Any] | None:
-    """A result, something that is none, or None when it is the torn end of the file."""
+def _is_torn(raw: bytes, number: int | None) -> bool:
+    """Whether this is how our result of that line begins, and no more; anything else is not ours to cut."""
+    if number is None or raw.endswith(b"\n"):
+        return False
+    begin = f'{{"line": {number},'.encode()
+    return raw.startswith(begin) or begin.startswith(raw)
+
+
+def _read_result(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw) if raw.endswith(b"\n") else None
+        value = json.loads(raw)
     except (ValueError, RecursionError):
-        is_last = not file.peek(1)  # type: ignore[attr-defined]
-        return None if is_last else {}
-    return None if value is None else value if isinstance(value, dict) else {}
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 @dataclass(slots=True)

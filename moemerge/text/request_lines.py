@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from moemerge.errors import InvalidRecipe
 from moemerge.runner.request import Request
@@ -82,7 +82,7 @@ def parse_line(raw: bytes, number: int, texts: BundleText, defaults: Mapping[str
             min_tokens=values.get("min_tokens", 0),
             stop_ids=text.stop_ids,
             ignore_stop=_flag("ignore_stop", values.get("ignore_stop", False)),
-            num_logprobs=values.get("logprobs"),
+            num_logprobs=_whole("logprobs", values.get("logprobs")),
             sampling=_sampling(values),
         ),
         stop=_stop(values.get("stop")),
@@ -91,12 +91,18 @@ def parse_line(raw: bytes, number: int, texts: BundleText, defaults: Mapping[str
 
 def _load(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw)
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidRecipe(f"is not UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
         raise InvalidRecipe(f"is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise InvalidRecipe("is not an object")
     return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _prompt_ids(values: Mapping[str, Any], text: VariantText) -> tuple[int, ...]:
@@ -135,6 +141,12 @@ def _stop(value: object) -> tuple[str, ...]:
     if not isinstance(strings, list | tuple) or not all(isinstance(s, str) and s for s in strings):
         raise InvalidRecipe(f"stop is {value!r}, expected text or a list of texts, none of them empty")
     return tuple(strings)
+
+
+def _whole(name: str, value: object) -> int | None:
+    if value is None or (type(value) is int and value >= 0):
+        return value
+    raise InvalidRecipe(f"{name} is {value!r}, expected a whole number of at least 0")
 
 
 def _flag(name: str, value: object) -> bool:

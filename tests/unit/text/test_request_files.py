@@ -1,6 +1,7 @@
 """Files of requests: order, mixed variants, bad lines, and going on after a kill at any byte."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -198,3 +199,38 @@ def test_same_file_missing_file_and_busy_output_are_refused(engine, source, tmp_
         RequestFile(engine.bundle, tmp_path / "missing.jsonl")
     with locked(tmp_path / "results.jsonl"), pytest.raises(Busy):
         run(engine, source, tmp_path / "results.jsonl")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"my notes\n", b"no newline at its end", b'{"mine": 1}', b'{"line": 1, "mine": true}\n', b"\0" * 20_000],
+)
+@pytest.mark.parametrize("lines", [LINES, []], ids=["requests", "nothing"])
+def test_file_that_holds_no_results_is_never_cut(content, lines, engine, tmp_path):
+    target = tmp_path / "precious.txt"
+    target.write_bytes(content)
+    with pytest.raises(InvalidRecipe, match="is not a result of"):
+        run(engine, write_lines(tmp_path / "requests.jsonl", lines), target)
+    assert target.read_bytes() == content
+
+
+@pytest.mark.parametrize("target", [".", "/dev/null"])
+def test_results_go_to_regular_files_only(target, engine, source):
+    with pytest.raises(InvalidRecipe, match="not a regular file"):
+        run(engine, source, Path(target))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b'{"temperature": NaN}', "NaN is not"),
+        (b'{"logprobs": true}', "logprobs"),
+    ],
+)
+def test_bad_lines_are_told_in_their_own_words(raw, message, engine, tmp_path):
+    path = tmp_path / "requests.jsonl"
+    known = b'{"variant": "%s", "prompt": "x", "logprobs": true}' % NAMES[0].encode()
+    path.write_bytes((known if message == "logprobs" else raw) + b"\n")
+    with pytest.raises(InvalidRecipe, match=rf"1 line is wrong\n.*(?<!num_){message}"):
+        open_file(engine, path)
