@@ -12,7 +12,7 @@ from moemerge.bundle.reader import open_bundle
 from moemerge.bundle.verify import verify_bundle
 from moemerge.errors import DamagedBundle, MoemergeError, NotFound, UnsupportedCheckpoint
 from moemerge.runner.engine import Engine
-from moemerge.runner.sampling import Sampling
+from moemerge.runner.options import EngineOptions
 from tests.e2e.program import call_program
 
 PATHS = ["pool/x.safetensors", "moemerge.json", "variants/a/b c.json", "x/..y", "ä/ö"]
@@ -149,9 +149,8 @@ def use_every_way(folder):
     def run():
         bundle = open_bundle(folder)
         exported_tensors(bundle, "b")
-        engine = Engine(bundle)
-        engine.switch("b")
-        list(engine.generate([3, 4], max_tokens=1, sampling=Sampling()))
+        with contextlib.closing(Engine(bundle, EngineOptions(variants=("b",), cache_memory=2**20))) as engine:
+            list(engine.generate("b", [3, 4], max_tokens=1))
 
     for use in (run, lambda: verify_bundle(folder)):
         with contextlib.suppress(MoemergeError):
