@@ -12,7 +12,8 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from moemerge.server.errors import ApiError, Kind, invalid
+from moemerge.errors import Stopping
+from moemerge.server.errors import ApiError, Kind, invalid, translate
 
 _TOO_LARGE = Kind(413, "invalid_request_error", "body_too_large")
 _TOO_SLOW = Kind(408, "invalid_request_error", "body_too_slow")
@@ -31,13 +32,14 @@ class JsonRequest(Request):
         """The whole body.
 
         Raises:
-            ApiError: Not declared as JSON (415), too large (413) or too slow (408).
+            ApiError: Not declared as JSON (415), too large (413), too slow (408), or not there when the
+                server began to stop (503).
         """
         if not hasattr(self, "_body"):
             max_bytes, timeout_s = self._limits
             try:
                 async with asyncio.timeout(timeout_s):
-                    self._body = await self._read(max_bytes)
+                    self._body = await self._read_unless_stopping(max_bytes)
             except TimeoutError:
                 raise ApiError(_TOO_SLOW, f"the body did not arrive within {timeout_s:g} s") from None
         return self._body
@@ -51,6 +53,19 @@ class JsonRequest(Request):
         body = await self.body()
         # Long bodies would hold up the answers of others.
         return await asyncio.to_thread(parse_json, body) if len(body) > 2**16 else parse_json(body)
+
+    async def _read_unless_stopping(self, max_bytes: int) -> bytes:
+        reading = asyncio.ensure_future(self._read(max_bytes))
+        stopping = asyncio.ensure_future(self.app.state.serving.stopping.wait())
+        try:
+            await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise translate(Stopping("the server is stopping; the request had not arrived yet"))
+            return reading.result()
+        finally:
+            reading.cancel()
+            stopping.cancel()
+            await asyncio.gather(reading, stopping, return_exceptions=True)
 
     async def _read(self, max_bytes: int) -> bytes:
         too_large = ApiError(_TOO_LARGE, f"the body is larger than {max_bytes} bytes")

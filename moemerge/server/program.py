@@ -1,7 +1,7 @@
 """Runs the application in uvicorn until a signal, then lets what runs come to its end.
 
-After the first SIGTERM or SIGINT new requests get 503 while running ones have the drain time; after the
-second everything ends at once.
+After the first SIGTERM or SIGINT new requests, and those whose body is still on its way, get 503 while
+running ones have the drain time; after the second everything ends at once.
 """
 
 import asyncio
@@ -27,6 +27,8 @@ from moemerge.server.serving import Serving
 
 _FLUSH_S = 5
 """Seconds that clients get to read the ends of their answers once the engine has stopped."""
+_END_S = 5
+"""Seconds that handlers get to notice that their clients have been cut off."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -58,10 +60,11 @@ class Program(uvicorn.Server):
                 proxy_headers=False,
                 root_path=options.root_path,
                 h11_max_incomplete_event_size=options.max_header_bytes,
-                timeout_graceful_shutdown=_FLUSH_S,
+                timeout_graceful_shutdown=_FLUSH_S + _END_S,
             )
         )
         self._service = service
+        self._serving: Serving = app.state.serving
         self._drain_s = options.drain_s
         self._on_ready = on_ready
         self._is_stopping = False
@@ -93,15 +96,24 @@ class Program(uvicorn.Server):
         await super().startup(sockets)
         self._on_ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End; clients that do not read their answers in time are hung up on, and count as gone."""
+        self._loop.call_later(_FLUSH_S, self._hang_up)
+        await super().shutdown(sockets)
+
     def _stop(self, number: signal.Signals | None = None) -> None:
+        self._serving.stopping.set()
         if self._is_stopping:
             self.forced_by = number
             self.force_exit = self.should_exit = True
-            for connection in list(self.server_state.connections):
-                connection.transport.abort()
+            self._hang_up()
         drain_s = 0.0 if self._is_stopping else self._drain_s
         self._is_stopping = True
         threading.Thread(target=self._drain, args=(drain_s,), name="moemerge-drain", daemon=True).start()
+
+    def _hang_up(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def _drain(self, drain_s: float) -> None:
         self._service.stop(drain_s)

@@ -1,5 +1,6 @@
 """What every handler needs: the engine's service, the variants' texts, the options."""
 
+import asyncio
 import hashlib
 import threading
 import time
@@ -38,12 +39,14 @@ class Serving:
 
     Attributes:
         started_s: Unix time of the start; models are listed as created then.
+        stopping: Set, on the event loop, when the server begins to stop.
     """
 
     bundle: Bundle
     service: EngineService
     options: ServerOptions = field(default_factory=ServerOptions)
     started_s: int = field(default_factory=lambda: int(time.time()))
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _variants: dict[str, ServedVariant] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

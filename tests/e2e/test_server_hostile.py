@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from moemerge.server import program
 from tests.bundles import write_bundle
 from tests.e2e.serving import error_of, serve, wait_for
 from tests.factories import write_siblings
@@ -371,3 +372,37 @@ def test_stream_of_a_removed_variant_ends_with_an_error(long_bundle):
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "model_not_found"
         served.wait_until_idle()
         assert served.post("/v1/completions", {**ENDLESS, "model": "other"}).status_code == 200
+
+
+# Clients of a server that stops
+
+
+@pytest.mark.parametrize("path", [*GENERATION, "/tokenize", "/detokenize"])
+def test_half_a_body_is_refused_as_soon_as_the_server_stops(bundle, caplog, path):
+    with serve(bundle) as served, served.connect() as connection:
+        connection.sendall(post(path, ENDLESS)[:-5])
+        wait_for(lambda: served.program.server_state.tasks)
+        begin = time.monotonic()
+        served.program.stop()
+        answer = read(connection)
+        assert time.monotonic() - begin < 2
+        assert status_of(answer) == 503
+        assert b"retry-after" in answer.lower()
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "stopping"
+        wait_for(lambda: not served.program.started or not served.program.server_state.connections)
+    assert time.monotonic() - begin < 4
+    assert caplog.text == ""
+
+
+def test_reader_that_never_reads_is_hung_up_on_when_the_server_stops(long_bundle, caplog, monkeypatch):
+    monkeypatch.setattr(program, "_FLUSH_S", 0.5)
+    engine, options = {"cache_memory": 64 * 2**20}, {"send_buffer": 4096}
+    with serve(long_bundle, engine=engine, **options) as served, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", served.port))
+        body = {**ENDLESS, "max_tokens": 60_000, "stream": True, "logprobs": 20}
+        connection.sendall(post("/v1/completions", body))
+        wait_for(lambda: served.service.snapshot().variants["plain"].figures.output_tokens > 200)
+        served.program.stop()
+        wait_for(lambda: not served.program.server_state.connections)
+    assert caplog.text == ""
