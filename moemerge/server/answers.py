@@ -112,8 +112,9 @@ class Answer:
         if self._has_begun or self._prompt.echo is None:
             return "", []
         self._has_begun = True
-        placed = place_prompt(self._tokenizer, self._prompt.token_ids, logprobs) if logprobs else []
-        return self._prompt.echo, placed
+        prompt = self._prompt
+        placed = place_prompt(self._tokenizer, prompt.token_ids, logprobs, prompt.echo) if logprobs else []
+        return prompt.echo, placed
 
     def _reason(self, output: Output, *, is_cut: bool) -> responses.FinishReason:
         return "stop" if is_cut or output.finish is FinishReason.STOP else "length"

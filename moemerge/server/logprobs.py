@@ -45,14 +45,22 @@ class LogprobQueue:
 
 
 def place_prompt(
-    tokenizer: VariantTokenizer, prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+    tokenizer: VariantTokenizer,
+    prompt_ids: Sequence[int],
+    logprobs: Sequence[TokenLogprob | None],
+    text: str,
 ) -> list[PlacedLogprob]:
-    """A prompt's tokens with their places in its text."""
-    decoder = StreamingDecoder(tokenizer)
+    """A prompt's tokens with their places in its text.
+
+    Special tokens take room where the text spells them, and none where the tokenizer added them by itself.
+    """
+    decoder = StreamingDecoder(tokenizer, skip_special_tokens=False)
     placed, offset = [], 0
     for token_id, logprob in zip(prompt_ids, logprobs, strict=True):
         placed.append(PlacedLogprob(token_id, logprob, offset))
-        offset += len(decoder.add(token_id))
+        is_special = token_id in tokenizer.special_ids
+        if not is_special or text.startswith(tokenizer.token_text(token_id), offset):
+            offset += len(decoder.add(token_id))
     return placed
 
 
