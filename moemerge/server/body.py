@@ -32,7 +32,7 @@ class JsonRequest(Request):
         """The whole body.
 
         Raises:
-            ApiError: Not declared as JSON (415), too large (413), too slow (408), or not there when the
+            ApiError: Not declared as plain JSON (415), too large (413), too slow (408), or not there when the
                 server began to stop (503).
         """
         if not hasattr(self, "_body"):
@@ -71,6 +71,7 @@ class JsonRequest(Request):
         too_large = ApiError(_TOO_LARGE, f"the body is larger than {max_bytes} bytes")
         if _declared_bytes(self.headers.get("content-length")) > max_bytes:
             raise too_large
+        self._require_plain()
         body = bytearray()
         async for chunk in self.stream():
             body += chunk
@@ -79,6 +80,11 @@ class JsonRequest(Request):
         if body:
             self._require_json()
         return bytes(body)
+
+    def _require_plain(self) -> None:
+        encoding = self.headers.get("content-encoding", "")
+        if encoding.strip().lower() not in ("", "identity"):
+            raise ApiError(_WRONG_TYPE, f"Content-Encoding is {encoding[:100]!r}, expected none")
 
     def _require_json(self) -> None:
         declared = self.headers.get("content-type", "")

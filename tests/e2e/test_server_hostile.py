@@ -149,6 +149,20 @@ def test_other_kinds_of_bodies_are_refused(served, kind):
     assert error_of(answer)["code"] == "unsupported_media_type"
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "zstd"])
+def test_encoded_bodies_are_refused_by_name(served, encoding):
+    headers = {**JSON, "Content-Encoding": encoding}
+    answer = served.http.post("/v1/completions", content=b"\x1f\x8b", headers=headers)
+    assert answer.status_code == 415
+    assert encoding in error_of(answer)["message"]
+
+
+def test_identity_is_no_encoding(served):
+    headers = {"Content-Encoding": "Identity"}
+    body = {**ENDLESS, "max_tokens": 1}
+    assert served.http.post("/v1/completions", json=body, headers=headers).status_code == 200
+
+
 def test_large_bodies_are_refused_whether_declared_or_not(served):
     large = b'{"model": "' + b"x" * 30_000 + b'"}'
     declared = served.http.post("/v1/completions", content=large, headers=JSON)
