@@ -56,7 +56,7 @@ class Generation:
         """Hand the requests to the engine.
 
         Raises:
-            ApiError: Too many answers, or more tokens than the context holds.
+            ApiError: Too many answers, more tokens than the context holds, or ids that are no tokens.
             MoemergeError: As `EngineService.submit`.
         """
         self.id = f"{prefix}-{uuid.uuid4().hex}"
@@ -144,6 +144,7 @@ def _request(
     copy: int,
 ) -> Request:
     limits = serving.service.limits_of(variant.text.name)
+    _check_ids(body, wanted.prompt_field, prompt, limits.vocab_size)
     room = limits.context_tokens
     room -= 0 if variant.text.is_encoder_decoder else len(prompt.token_ids)
     max_tokens = _longest(wanted, prompt, limits.context_tokens, max(0, room))
@@ -162,6 +163,23 @@ def _request(
         num_prompt_logprobs=wanted.num_logprobs if prompt.echo is not None else None,
         arrival_s=wanted.arrival_s,
     )
+
+
+def _check_ids(body: GenerationBody, prompt_field: str, prompt: Prompt, vocab_size: int) -> None:
+    """Refuse an empty prompt, and token ids that the variant does not have.
+
+    Raises:
+        ApiError: Names the field.
+    """
+    if not prompt.token_ids:
+        raise invalid(f"{prompt_field}: has no tokens, expected at least one", prompt_field)
+    for field, token_ids in (
+        (prompt_field, prompt.token_ids),
+        ("logit_bias", [int(key) for key in body.logit_bias or ()]),
+        ("stop_token_ids", body.stop_token_ids or ()),
+    ):
+        if token_ids and max(token_ids) >= vocab_size:
+            raise invalid(f"{field}: {max(token_ids)} is no token id, expected 0 to {vocab_size - 1}", field)
 
 
 def _longest(wanted: Wanted, prompt: Prompt, context: int, room: int) -> int:

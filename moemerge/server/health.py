@@ -14,6 +14,7 @@ _NOT_READY = Kind(503, "server_error", "stopping")
 health = APIRouter(tags=["health"])
 
 
+@health.head("/health", include_in_schema=False)
 @health.get("/health")
 async def show_health(serving: ServingOf) -> Status:
     """Whether the engine's thread lives."""
@@ -22,6 +23,7 @@ async def show_health(serving: ServingOf) -> Status:
     return Status(status="ok")
 
 
+@health.head("/ready", include_in_schema=False)
 @health.get("/ready")
 async def show_ready(serving: ServingOf) -> Status:
     """Whether requests are taken; not while the server drains."""
@@ -30,6 +32,7 @@ async def show_ready(serving: ServingOf) -> Status:
     return Status(status="ready")
 
 
+@health.head("/metrics", include_in_schema=False)
 @health.get("/metrics", response_class=Response)
 def show_metrics(request: Request) -> Response:
     """Prometheus metrics, as text or, on demand, as OpenMetrics."""

@@ -20,6 +20,7 @@ variants = APIRouter(prefix="/variants", tags=["variants"])
 changes = APIRouter(prefix="/variants", tags=["variants"], dependencies=[Depends(_refuse_pages)])
 
 
+@models.head("/v1/models", include_in_schema=False)
 @models.get("/v1/models")
 async def list_models(serving: ServingOf) -> ModelList:
     """The variants that are served."""

@@ -16,7 +16,7 @@ _NO_TOOLS: tuple[Any, ...] = (None, [])
 ModelName = Annotated[str, Field(min_length=1, max_length=256, description="Name of the variant.")]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-_TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+_TokenIdKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 

@@ -299,14 +299,20 @@ def test_encoder_decoder_answers_a_source(tmp_path):
         ({"model": "code", "prompt": "a", "max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"model": "code", "prompt": "a", "max_tokens": 600}, "max_tokens", "context_length_exceeded"),
         ({"model": "code", "prompt": [1] * 600}, "prompt", "context_length_exceeded"),
-        ({"model": "code", "prompt": [1, 99999]}, None, "invalid_value"),
+        ({"model": "code", "prompt": [1, 99999]}, "prompt", "invalid_value"),
+        ({"model": "code", "prompt": [[1], [99999]]}, "prompt", "invalid_value"),
+        ({"model": "code", "prompt": ""}, "prompt", "invalid_value"),
+        ({"model": "code", "prompt": ["a", ""]}, "prompt", "invalid_value"),
         ({"model": "code", "prompt": []}, "prompt", "invalid_value"),
         ({"model": "code", "prompt": [[1], []]}, "prompt.1", "invalid_value"),
         ({"model": "code", "prompt": [1, True]}, "prompt.1", "invalid_value"),
         ({"model": "code", "prompt": "a", "n": 200}, "n", "invalid_value"),
         ({"model": "code", "prompt": "a", "stop": [""]}, "stop.0", "invalid_value"),
         ({"model": "code", "prompt": "a", "logit_bias": {"x": 1}}, "logit_bias.x", "invalid_value"),
-        ({"model": "code", "prompt": "a", "logit_bias": {"9999999999": 1}}, None, "invalid_value"),
+        ({"model": "code", "prompt": "a", "logit_bias": {"9999999999": 1}}, "logit_bias", "invalid_value"),
+        ({"model": "code", "prompt": "a", "logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
+        ({"model": "code", "prompt": "a", "logit_bias": {"007": 1}}, "logit_bias", "invalid_value"),
+        ({"model": "code", "prompt": "a", "stop_token_ids": [99999]}, "stop_token_ids", "invalid_value"),
         ({"model": "code", "prompt": "a", "stream_options": {}}, "stream_options", "unsupported_field"),
     ],
 )
@@ -468,6 +474,14 @@ def test_variant_without_a_template_says_so(tmp_path):
 def test_health_and_readiness(served):
     assert served.http.get("/health").json() == {"status": "ok"}
     assert served.http.get("/ready").json() == {"status": "ready"}
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models"])
+def test_head_is_get_without_a_body(served, path):
+    answer = served.http.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"] == served.http.get(path).headers["content-type"]
+    assert "head" not in served.http.get("/openapi.json").json()["paths"][path]
 
 
 def test_full_queue_says_when_to_come_again(mini_bundle):
