@@ -109,12 +109,12 @@ class Answer:
 
     def _begin(self, logprobs: Sequence[TokenLogprob | None] | None) -> tuple[str, list[PlacedLogprob]]:
         """What comes first when the answer begins with the prompt."""
-        if self._has_begun or self._prompt.echo is None:
+        echo = self._prompt.echo
+        if self._has_begun or echo is None:
             return "", []
         self._has_begun = True
-        prompt = self._prompt
-        placed = place_prompt(self._tokenizer, prompt.token_ids, logprobs, prompt.echo) if logprobs else []
-        return prompt.echo, placed
+        placed = place_prompt(self._tokenizer, self._prompt.token_ids, logprobs, echo) if logprobs else []
+        return echo, placed
 
     def _reason(self, output: Output, *, is_cut: bool) -> responses.FinishReason:
         return "stop" if is_cut or output.finish is FinishReason.STOP else "length"
