@@ -5,6 +5,7 @@ The shape is OpenAI's: `{"error": {"message", "type", "param", "code"}}`.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
@@ -97,6 +98,13 @@ def translate(error: MoemergeError, param: str | None = None) -> ApiError:
     return ApiError(kind, str(error), param=param, retry_after_s=retry_after_s)
 
 
+def hide_folder(error: ApiError, folder: Path) -> ApiError:
+    """The same error with only the name of the bundle's folder: where it lies is no client's business."""
+    if folder.name:
+        error.detail = str(error.detail).replace(str(folder), folder.name)
+    return error
+
+
 def error_body(error: ApiError) -> dict[str, Any]:
     """The object that a client gets."""
     message = str(error.detail)
@@ -116,11 +124,12 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return error_response(error if isinstance(error, ApiError) else _plain(request, error))
+        told = error if isinstance(error, ApiError) else _plain(request, error)
+        return error_response(hide_folder(told, request.app.state.serving.bundle.folder))
 
     async def on_ours(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, MoemergeError)
-        return error_response(translate(error))
+        return error_response(hide_folder(translate(error), request.app.state.serving.bundle.folder))
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

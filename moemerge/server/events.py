@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from moemerge.errors import MoemergeError
-from moemerge.server.errors import ApiError, error_body, translate
+from moemerge.server.errors import ApiError, error_body, hide_folder, translate
 from moemerge.server.inbox import Inbox
 
 Result = TypeVar("Result")
@@ -42,11 +42,11 @@ class EventStream(Response):
         """Send the chunks while the client reads."""
         with self._inbox:
             try:
-                await while_connected(receive, self._send_all(send))
+                await while_connected(receive, self._send_all(scope, send))
             except ClientGone:
                 return
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         async def send_event(data: bytes) -> None:
             await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
 
@@ -57,6 +57,7 @@ class EventStream(Response):
                     await send_event(chunk.model_dump_json(exclude_unset=True).encode())
         except (ApiError, MoemergeError) as error:
             told = error if isinstance(error, ApiError) else translate(error)
+            told = hide_folder(told, scope["app"].state.serving.bundle.folder)
             await send_event(json.dumps(error_body(told)).encode())
         await send_event(b"[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -413,6 +413,13 @@ def test_variants_are_added_removed_and_pinned(mini_bundle):
         served.wait_until_idle()
 
 
+def test_no_client_learns_where_the_bundle_lies(served, mini_bundle):
+    answer = served.post("/variants/nope")
+    assert answer.status_code == 404
+    assert str(mini_bundle.parent) not in answer.text
+    assert mini_bundle.name in error_of(answer)["message"]
+
+
 def test_metrics_tell_what_happened(mini_bundle):
     with serve(mini_bundle) as served:
         for variant, count in (("code", 2), ("sums", 1)):
