@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import uvicorn
 from fastapi import FastAPI
@@ -147,15 +147,18 @@ def serve_bundle(
 
     Raises:
         InvalidRecipe, Busy: As `open_socket`.
-        MoemergeError: As `Engine`.
+        MoemergeError: As `Engine` and `ServedVariant`; a chat template that is none is refused here too.
     """
     with open_socket(host, port, options.write_timeout_s) as listener:
         engine = Engine(bundle, engine_options)
         engine.preload()
         service = EngineService(engine, max_queue=max_queue, max_queue_per_variant=max_queue_per_variant)
-        serving = Serving(bundle=bundle, service=service, options=options)
+        # What could never wait all at once is refused for good, not for now.
+        room = min(max_queue, max_queue if max_queue_per_variant is None else max_queue_per_variant)
+        most = min(options.max_choices, engine.options.max_batch + room)
+        serving = Serving(bundle=bundle, service=service, options=replace(options, max_choices=most))
         for name in service.variants:
-            serving.variant(name)
+            serving.variant(name).require_readable()
 
         def announce() -> None:
             states = service.snapshot().variants

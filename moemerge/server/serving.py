@@ -32,6 +32,14 @@ class ServedVariant:
         self.names = TokenNames(text.tokenizer)
         self.recommended = text.recommended()
 
+    def require_readable(self) -> None:
+        """Read what is otherwise read when it is first needed.
+
+        Raises:
+            DamagedInput: The chat template is none.
+        """
+        _ = self.text.chat_template, self.text.stop_ids
+
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:

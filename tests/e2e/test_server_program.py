@@ -121,7 +121,31 @@ def test_second_signal_ends_at_once(bundle):
         assert "second signal" in process.stderr.read()
 
 
+@pytest.mark.parametrize("options", [("--max-queue", 2), ("--max-queue-per-variant", 2)])
+def test_more_answers_than_the_queue_ever_holds_are_refused_for_good(bundle, options):
+    with (
+        started(bundle, "--max-batch", 1, *options) as (_, ready),
+        httpx.Client(base_url=ready["url"], timeout=60) as http,
+    ):
+        body = {"model": "code", "prompt": ["a", "b"], "max_tokens": 1, "n": 2}
+        refused = http.post("/v1/completions", json=body)
+        assert (refused.status_code, error_of(refused)["param"]) == (400, "n")
+        assert "3" in error_of(refused)["message"]
+        assert http.post("/v1/completions", json={**body, "prompt": "a", "n": 3}).status_code == 200
+
+
 # Refusals to start
+
+
+def test_broken_chat_template_is_refused(tmp_path):
+    _, siblings = write_siblings(tmp_path, names=("code", "law"))
+    (siblings["law"] / "chat_template.jinja").write_text("{% if %}")
+    variants = open_variants({name: FolderRef(path) for name, path in siblings.items()})
+    merge(variants, tmp_path / "duo.moe", options_of("exact"))
+    outcome = call_program("serve", tmp_path / "duo.moe", "--port", 0)
+    assert outcome.code not in (0, 1), outcome.err
+    assert "variant law" in outcome.err
+    assert "chat template" in outcome.err
 
 
 @pytest.mark.parametrize(
