@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from moemerge.bundle.reader import open_bundle
-from moemerge.errors import Busy, InvalidRecipe, NotFound, ServingError, UnsupportedCheckpoint
+from moemerge.errors import (
+    Busy,
+    InvalidRecipe,
+    NotEnoughRoom,
+    NotFound,
+    ServingError,
+    UnsupportedCheckpoint,
+)
 from moemerge.runner.request import FinishReason, Request
 from moemerge.runner.sampling import Sampling
 from tests.bundles import NAMES, VOCABULARIES, collect, open_engine, run
@@ -205,6 +212,9 @@ def test_answers_end_where_the_cache_ends(bundle):
     assert len(answer.tokens) == (64 - 20 if is_decoder(bundle) else 31)
     with pytest.raises(InvalidRecipe, match="the prompt has 64 tokens"):
         engine.submit(request("b", prompt=(5,) * 64))
+    if not is_decoder(bundle):
+        with pytest.raises(InvalidRecipe, match="50 tokens, which fill the cache"):
+            engine.submit(request("b", prompt=(5,) * 50))
     finished(engine, [])
     engine.close()
 
@@ -394,10 +404,13 @@ def test_numbers_that_are_not_finite_end_their_request_and_no_other(alone, bundl
     engine.close()
 
 
-@pytest.mark.parametrize("resident", ["1", "all"])
-def test_a_variant_that_cannot_be_loaded_fails_alone(resident, alone, mixtral_bundle, tmp_path):
+@pytest.mark.parametrize(("resident", "is_mapped"), [("1", False), ("1", True), ("all", False)])
+def test_a_variant_that_cannot_be_loaded_fails_alone(resident, is_mapped, alone, mixtral_bundle, tmp_path):
     copy = open_bundle(shutil.copytree(mixtral_bundle.folder, tmp_path / "x.moe"))
     engine = open_engine(copy, resident=resident, patience_s=0.0, min_hold_s=0.0, drain_s=0.1)
+    if is_mapped:
+        engine.ensure_resident("large")
+        engine.ensure_resident("odd")
     file = copy.folder / "variants" / "large" / "tensors.safetensors"
     whole = file.read_bytes()
     truncate(file, -200)
@@ -490,6 +503,38 @@ def test_only_the_variants_asked_for_are_served_until_more_are_added(alone, bund
         engine.submit(request("a", "large"))
     engine.add_variant("large")
     assert run(engine, request("a", "large"))[0].tokens == alone[bundle.folder, "large-0"]
+    engine.close()
+
+
+def test_a_variant_for_which_there_is_no_room_is_not_added(mixtral_bundle):
+    plain = open_engine(mixtral_bundle, variants=("plain",))
+    plain.preload()
+    state, cache = plain.snapshot(), cache_of(mixtral_bundle, 128)
+    plain.close()
+    engine = open_engine(
+        mixtral_bundle,
+        variants=("plain", "twin"),
+        resident=f"{state.resident_bytes + 5000}B",
+        cache_memory=cache,
+        device_memory=state.resident_bytes + 5000 + cache + state.pool_bytes,
+    )
+    engine.remove_variant("twin")
+    engine.pin("plain")
+    with pytest.raises(InvalidRecipe, match="no room for variant large beside plain, pinned"):
+        engine.add_variant("large")
+    engine.add_variant("twin")
+    engine.close()
+
+    engine = open_engine(
+        mixtral_bundle,
+        variants=("plain",),
+        cache_memory=cache,
+        device_memory=state.resident_bytes + cache + state.pool_bytes,
+    )
+    with pytest.raises(NotEnoughRoom, match="with variant large residents may take"):
+        engine.add_variant("large")
+    assert list(engine.variants) == ["plain"]
+    assert len(run(engine, request("a"))[0].tokens) == TOKENS
     engine.close()
 
 

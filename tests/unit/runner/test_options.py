@@ -79,6 +79,7 @@ def test_only_variants_that_are_served_can_be_pinned(resident, mixtral_bundle):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        ({"cache_memory": 2**60}, "the key/value cache is to take .* more memory than is free"),
         ({"cache_memory": 1}, "the key/value cache has 1 B, one block of 16 tokens takes"),
         ({"device_memory": 1}, "does not hold the resident variants .* and the key/value cache"),
         ({"device_memory": 120_000, "cache_memory": 16384}, "left for pool experts, one takes"),

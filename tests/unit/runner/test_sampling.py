@@ -162,7 +162,7 @@ def obvious(weights, top_k, top_p, min_p):
     total = sum(weights[i] for i in likely)
     kept, mass = [], 0.0
     for i in likely:
-        if kept and mass >= top_p * total - 1e-12:
+        if kept and top_p < 1 and mass >= top_p * total - 1e-12:
             break
         kept.append(i)
         mass += weights[i]

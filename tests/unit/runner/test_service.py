@@ -165,6 +165,14 @@ def test_full_queues_refuse_until_something_has_ended(options, most, scope, serv
     for caller in callers:
         assert len(caller.wait().tokens) == 5
     submit(service, "late").wait()
+    blocked = Blocker(service)  # now there is a pace by which to say when to come again
+    callers = [submit(service, str(number)) for number in range(most)]
+    with pytest.raises(Overloaded) as refusal:
+        submit(service, "late")
+    assert 1 <= refusal.value.retry_after_s <= 60
+    blocked.release()
+    for caller in callers:
+        caller.wait()
 
 
 class Blocker:
