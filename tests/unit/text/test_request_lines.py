@@ -73,7 +73,7 @@ def test_equal_lines_get_seeds_of_their_own(texts):
     ("line", "named"),
     [
         (b"{", "is not JSON"),
-        (b"\xff", "is not JSON"),
+        (b"\xff", "is not UTF-8"),
         (b"[" * 100_000, "is not JSON"),
         (b'{"max_tokens": ' + b"1" * 5000 + b"}", "is not JSON"),
         ([], "is not an object"),
@@ -95,7 +95,7 @@ def test_equal_lines_get_seeds_of_their_own(texts):
         ({**GOOD, "max_tokens": 0}, "max_tokens is 0"),
         ({**GOOD, "max_tokens": "5"}, "max_tokens is '5'"),
         ({**GOOD, "temperature": -1}, "temperature is -1"),
-        ({**GOOD, "top_p": float("nan")}, "top_p is nan"),
+        ({**GOOD, "top_p": float("nan")}, "NaN is not a number of JSON"),
         ({**GOOD, "logit_bias": {"a": 1}}, "token id of logit_bias is 'a'"),
         ({**GOOD, "stop": ["a", ""]}, "stop is .*none of them empty"),
         ({**GOOD, "stop": 5}, "stop is 5"),
