@@ -324,6 +324,7 @@ def test_logprobs_of_a_prompt_and_logits_of_a_text_are_for_decoders(switch_bundl
 
 
 def test_a_cancelled_request_frees_its_blocks_at_once(engine, alone, bundle):
+    engine.preload()
     for one in everything():
         engine.submit(one)
     outputs = [*engine.step(), *engine.step()]
