@@ -37,9 +37,9 @@ def serve(
     policy: Annotated[
         str, typer.Option("--policy", help="mixed, grouped, or fcfs (arrival order, the paper's mode).")
     ] = "mixed",
-    weights: Annotated[
+    shares: Annotated[
         list[str] | None,
-        typer.Option("--weight", metavar="NAME=2.0", help="A variant's share of the service, mostly 1."),
+        typer.Option("--share", metavar="NAME=NUMBER", help="A variant's share of the service, mostly 1."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.", envvar="MOEMERGE_DEVICE")] = "cpu",
     dtype: Annotated[
@@ -114,7 +114,7 @@ def serve(
         max_batch=max_batch,
         max_step_tokens=max_step_tokens,
         max_wait_s=max_wait,
-        weights=dict(_parse_weight(text) for text in weights or ()),
+        shares=dict(_parse_share(text) for text in shares or ()),
     )
     server_options = options.ServerOptions(
         api_keys=keys.read_keys(api_key_file) if api_key_file else (),
@@ -168,8 +168,8 @@ def _import_server() -> tuple[ModuleType, ModuleType, ModuleType]:
     return keys, options, program
 
 
-def _parse_weight(text: str) -> tuple[str, float]:
-    """A variant's name and weight, `NAME=2.0`.
+def _parse_share(text: str) -> tuple[str, float]:
+    """A variant's name and share, `NAME=2.0`.
 
     Raises:
         InvalidRecipe: Something else.
@@ -178,7 +178,7 @@ def _parse_weight(text: str) -> tuple[str, float]:
     try:
         return name, float(number)
     except ValueError:
-        raise InvalidRecipe(f"--weight {text!r}, expected NAME=NUMBER, for example code=2.0") from None
+        raise InvalidRecipe(f"--share {text!r}, expected NAME=NUMBER, for example code=2.0") from None
 
 
 def _prepare_process(threads: int | None, *, access_log: bool) -> None:

@@ -64,7 +64,7 @@ class Engine:
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(bundle, options.dtype, self.device)
         names = options.variants or tuple(bundle.manifest.variants)
-        for name in (*names, *options.pinned, *options.weights):
+        for name in (*names, *options.pinned, *options.shares):
             bundle.variant(name)
         for name in options.pinned:
             if name not in names:

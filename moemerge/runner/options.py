@@ -40,7 +40,7 @@ class EngineOptions:
         block_tokens: Tokens per block of the cache.
         pack: Whether what stays in memory, the pool and with `all` the residents, may take the blocked layout
             of the CPU's matrix kernels.
-        max_batch, max_step_tokens, max_wait_s, quantum_s, weights: See `Limits`.
+        max_batch, max_step_tokens, max_wait_s, quantum_s, shares: See `Limits`.
         patience_s, min_hold_s, drain_s: See `Patience`; None for what suits the policy.
     """
 
@@ -58,7 +58,7 @@ class EngineOptions:
     max_step_tokens: int = 512
     max_wait_s: float = 10.0
     quantum_s: float = 0.5
-    weights: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
     patience_s: float | None = None
     min_hold_s: float | None = None
     drain_s: float | None = None
@@ -92,7 +92,7 @@ class EngineOptions:
             max_step_tokens=max(self.max_step_tokens, self.max_batch),
             max_wait_s=self.max_wait_s,
             quantum_s=self.quantum_s,
-            weights=dict(self.weights),
+            shares=dict(self.shares),
         )
 
     def patience(self) -> Patience:

@@ -7,7 +7,7 @@
 * `fcfs`: one variant at a time, strictly in order of arrival (the paper's mode).
 
 Between variants admission is fair by token counters (VTC, Sheng et al., OSDI 2024): the waiting variant
-with the least weighted service goes first, and one that comes back starts no lower than the least busy.
+with the least service for its share goes first, and one that comes back starts no lower than the least busy.
 A variant that waits and got nothing in for `max_wait_s` goes before all others; if it has nothing running, it
 takes the place of the most served variants' youngest sequences. No admission is in vain: but for want of
 blocks, a sequence is only preempted after it got a token more.
@@ -43,14 +43,14 @@ class Limits:
         max_step_tokens: Tokens that a step computes; the first encoder input of a step may go beyond.
         max_wait_s: Time without an admission after which a variant's first request goes before all others.
         quantum_s: Time that `grouped` stays with a variant while others wait.
-        weights: Share of service by variant; 1 for those not named.
+        shares: Of the service, by variant; 1 for those not named.
     """
 
     max_batch: int = 64
     max_step_tokens: int = 512
     max_wait_s: float = 30.0
     quantum_s: float = 0.5
-    weights: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -63,9 +63,9 @@ class Limits:
         for name, value in (("max wait", self.max_wait_s), ("quantum", self.quantum_s)):
             if not 0 <= value < float("inf"):
                 raise InvalidRecipe(f"{name} is {value} seconds, expected 0 or more")
-        for variant, weight in self.weights.items():
-            if not 0 < weight < float("inf"):
-                raise InvalidRecipe(f"weight of {variant} is {weight}, expected more than 0")
+        for variant, share in self.shares.items():
+            if not 0 < share < float("inf"):
+                raise InvalidRecipe(f"share of {variant} is {share}, expected more than 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class Scheduler:
             prompt_left = max(0, sequence.num_prompt - sequence.num_computed)
             num_read = min(work.num_tokens, prompt_left) + (sequence.num_to_encode if work.encode else 0)
             cost = num_read + OUTPUT_COST * max(0, work.num_tokens - prompt_left)
-            self._served[sequence.variant] += cost / self.limits.weights.get(sequence.variant, 1.0)
+            self._served[sequence.variant] += cost / self.limits.shares.get(sequence.variant, 1.0)
             sequence.num_computed += work.num_tokens
             sequence.is_encoded |= work.encode
 

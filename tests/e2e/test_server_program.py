@@ -153,9 +153,9 @@ def test_broken_chat_template_is_refused(tmp_path):
     [
         (("--resident", "0"), 3, "resident"),
         (("--policy", "fair"), 3, "mixed, grouped, fcfs"),
-        (("--weight", "code"), 3, "NAME=NUMBER"),
-        (("--weight", "code=-1"), 3, "weight of code"),
-        (("--weight", "prose=2"), 5, "prose"),
+        (("--share", "code"), 3, "NAME=NUMBER"),
+        (("--share", "code=-1"), 3, "share of code"),
+        (("--share", "prose=2"), 5, "prose"),
         (("--variant", "prose"), 5, "prose"),
         (("--pin", "prose"), 5, "prose"),
         (("--device-memory", "1KiB"), 7, "device memory"),

@@ -147,18 +147,18 @@ def test_long_answers_of_others_keep_no_variant_out(max_batch, num_others, backl
 
 @given(
     seed=st.integers(0, 99),
-    weights=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0, 5.0])] * 2),
+    shares=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0, 5.0])] * 2),
     max_batch=st.integers(1, 8),
     head_start=st.integers(0, 150),
 )
 @settings(max_examples=8)
-def test_backlogged_variants_are_served_by_their_weights(seed, weights, max_batch, head_start):
-    """Their weighted service differs by no more than what a full batch takes; nobody saves up for later."""
-    weight = dict(zip("ab", weights, strict=True))
+def test_backlogged_variants_are_served_by_their_shares(seed, shares, max_batch, head_start):
+    """Service over share differs by no more than what a full batch takes; nobody saves up for later."""
+    share = dict(zip("ab", shares, strict=True))
     world = World(
         variants=("a", "b"),
         num_blocks=10_000,
-        limits=Limits(max_batch=max_batch, max_step_tokens=64, max_wait_s=1e6, weights=weight),
+        limits=Limits(max_batch=max_batch, max_step_tokens=64, max_wait_s=1e6, shares=share),
     )
     draw = random.Random(seed)
 
@@ -174,8 +174,8 @@ def test_backlogged_variants_are_served_by_their_weights(seed, weights, max_batc
     for _ in range(120):
         fill("a", "b")
         world.step()
-        a, b = ((world.served[name] - before[name]) / weight[name] for name in "ab")
-        assert abs(a - b) <= max_batch * (20 + OUTPUT_COST * 20) / min(weights)
+        a, b = ((world.served[name] - before[name]) / share[name] for name in "ab")
+        assert abs(a - b) <= max_batch * (20 + OUTPUT_COST * 20) / min(shares)
     assert not world.preemptions
 
 

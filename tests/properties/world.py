@@ -273,7 +273,7 @@ def worlds(draw: st.DrawFn, *policies: Policy, are_all_resident: bool = False) -
             max_step_tokens=max_batch + draw(st.integers(0, 12)),
             max_wait_s=draw(st.sampled_from([0.0, 1.0, 3.0])),
             quantum_s=draw(st.sampled_from([0.0, 0.5, 2.0])),
-            weights=draw(st.dictionaries(st.sampled_from(VARIANTS), st.sampled_from([0.5, 3.0]), max_size=2)),
+            shares=draw(st.dictionaries(st.sampled_from(VARIANTS), st.sampled_from([0.5, 3.0]), max_size=2)),
         ),
         patience=Patience(
             patience_s=draw(st.sampled_from([0.0, 1.0])),

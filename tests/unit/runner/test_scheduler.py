@@ -169,7 +169,7 @@ def test_under_fcfs_only_the_first_in_line_waits():
         ({"max_batch": 8, "max_step_tokens": 7}, "max step tokens is 7, expected at least max batch, 8"),
         ({"max_wait_s": -1.0}, "max wait"),
         ({"quantum_s": float("nan")}, "quantum"),
-        ({"weights": {"a": -2.0}}, "weight of a is -2.0"),
+        ({"shares": {"a": -2.0}}, "share of a is -2.0"),
     ],
 )
 def test_limits_that_cannot_be_are_refused(limits, complaint):
