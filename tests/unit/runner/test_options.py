@@ -27,8 +27,8 @@ BLOCK_BYTES = 2 * 2 * 16 * 2 * 8 * 4
         ({"max_wait_s": -1.0}, "max wait is -1.0 seconds"),
         ({"max_wait_s": float("nan")}, "max wait is nan"),
         ({"quantum_s": float("inf")}, "quantum is inf"),
-        ({"weights": {"plain": 0.0}}, "weight of plain is 0.0"),
-        ({"weights": {"plain": float("nan")}}, "weight of plain is nan"),
+        ({"shares": {"plain": 0.0}}, "share of plain is 0.0"),
+        ({"shares": {"plain": float("nan")}}, "share of plain is nan"),
         ({"patience_s": -0.1}, "patience_s is -0.1"),
         ({"min_hold_s": float("nan")}, "min_hold_s is nan"),
         ({"drain_s": -1.0}, "drain_s is -1.0"),
@@ -63,9 +63,9 @@ def test_what_does_not_go_with_the_bundle_or_the_machine_is_refused(options, com
         open_engine(mixtral_bundle, **options)
 
 
-@pytest.mark.parametrize("option", ["variants", "pinned", "weights"])
+@pytest.mark.parametrize("option", ["variants", "pinned", "shares"])
 def test_variants_that_the_bundle_has_not_are_not_found(option, mixtral_bundle):
-    value = {"huge": 2.0} if option == "weights" else ("huge",)
+    value = {"huge": 2.0} if option == "shares" else ("huge",)
     with pytest.raises(NotFound, match="no variant 'huge'; it holds plain, large"):
         open_engine(mixtral_bundle, **{option: value})
 
