@@ -17,7 +17,7 @@ from moemerge.errors import Busy
 
 MAX_OTHERS = 0.05
 """Largest share of the machine's processors that other programs may use during a run."""
-MAX_STEAL = 0.02
+MAX_STEAL = 0.05
 """Largest share of time that the host may take away."""
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
 
