@@ -1,19 +1,60 @@
 """Turn a variant of a bundle back into an ordinary checkpoint that other tools load."""
 
 import json
+import math
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from moemerge.bundle.coded import StoredMatrix, StoredResidual, assemble
 from moemerge.bundle.reader import Bundle
 from moemerge.bundle.target import building, check_target
 from moemerge.checkpoint.disk import check_disk
-from moemerge.checkpoint.headers import StoredTensor
-from moemerge.checkpoint.tensors import TensorReader
+from moemerge.checkpoint.headers import DTYPE_BYTES, StoredTensor
+from moemerge.checkpoint.tensors import TORCH_DTYPES, TensorReader, bytes_of
 from moemerge.checkpoint.weights import INDEX, SINGLE
-from moemerge.checkpoint.writer import stored_tensor, write_tensors, write_text
+from moemerge.checkpoint.writer import TensorToWrite, stored_tensor, write_tensors, write_text
+from moemerge.errors import DamagedBundle
+from moemerge.models.packed import effective
 from moemerge.progress import Progress, Silent
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class EffectivePart:
+    """A part of an effective expert that has to be computed.
+
+    Attributes:
+        pool: Place of the pool expert's part.
+        residual: Place of what is added to it.
+        dtype: Safetensors dtype of the sum.
+    """
+
+    pool: StoredMatrix
+    residual: StoredResidual | None
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sum."""
+        return math.prod(self.pool.shape) * DTYPE_BYTES[self.dtype]
+
+    def to_write(self, name: str, reader: TensorReader) -> TensorToWrite:
+        """The sum under that name, computed when it is written."""
+
+        def chunks() -> Iterator[memoryview]:
+            residual = self.residual.assemble(reader.read) if self.residual else None
+            value = effective(assemble(self.pool, reader.read), residual, TORCH_DTYPES[self.dtype])
+            if not value.isfinite().all():
+                raise DamagedBundle(f"{name}: what is stored for it gives NaN or infinity in {self.dtype}")
+            yield bytes_of(value)
+
+        return TensorToWrite(name=name, dtype=self.dtype, shape=self.pool.shape, chunks=chunks)
+
+
+Exported = StoredTensor | EffectivePart
 
 
 def export_variant(
@@ -40,7 +81,7 @@ def export_variant(
         InvalidRecipe: The target exists.
         NotFound: No such variant.
         NotEnoughRoom: The target cannot be written.
-        DamagedBundle: Something the manifest names is missing.
+        DamagedBundle: Something the manifest names is missing, or a sum is not finite.
     """
     check_target(target)
     tensors = exported_tensors(bundle, variant)
@@ -57,22 +98,42 @@ def export_variant(
     return sorted(path for path in target.iterdir())
 
 
-def exported_tensors(bundle: Bundle, variant: str) -> dict[str, StoredTensor]:
-    """Places of all tensors of a variant by exported name, layer by layer."""
+def exported_tensors(bundle: Bundle, variant: str) -> dict[str, Exported]:
+    """All tensors of a variant by exported name, layer by layer; as places where they are stored as they are.
+
+    Raises:
+        DamagedBundle: Something the manifest names is missing.
+    """
     family, entry = bundle.family, bundle.variant(variant)
     names = family.role_names(entry.settings)
-    result = {names[role]: tensor for role, tensor in bundle.tensors(variant).items()}
+    result: dict[str, Exported] = {names[role]: tensor for role, tensor in bundle.tensors(variant).items()}
     layout = family.experts.layouts[0]
     for layer in family.routed_layers(entry.settings):
-        pool = bundle.pool(layer.index)
-        for slot, index in enumerate(entry.maps[layer.index]):
+        for slot, parts in enumerate(effective_parts(bundle, variant, layer.index)):
             for tensor in layout.tensors:
-                result[family.expert_tensor_name(tensor, layer, slot)] = pool[index][tensor.holds[0]]
+                result[family.expert_tensor_name(tensor, layer, slot)] = parts[tensor.holds[0]]
     return result
 
 
-def _write_shards(folder: Path, tensors: dict[str, StoredTensor], shard_bytes: int, report: Progress) -> None:
-    shards: list[dict[str, StoredTensor]] = [{}]
+def effective_parts(bundle: Bundle, variant: str, layer_index: int) -> list[dict[str, Exported]]:
+    """The parts of every slot's effective expert; a plain pool expert without residual is one as it is."""
+    pool, residuals = bundle.pool(layer_index), bundle.residuals(variant, layer_index)
+    dtype = bundle.layer(layer_index).dtype
+    slots: list[dict[str, Exported]] = []
+    for index, residual in zip(bundle.variant(variant).maps[layer_index], residuals, strict=True):
+        parts: dict[str, Exported] = {}
+        for part, matrix in pool[index].items():
+            if isinstance(matrix, StoredTensor) and residual is None:
+                parts[part] = matrix
+            else:
+                assert dtype is not None, "the manifest names it where something is to be computed"
+                parts[part] = EffectivePart(matrix, residual[part] if residual else None, dtype)
+        slots.append(parts)
+    return slots
+
+
+def _write_shards(folder: Path, tensors: dict[str, Exported], shard_bytes: int, report: Progress) -> None:
+    shards: list[dict[str, Exported]] = [{}]
     size = 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > shard_bytes:
@@ -84,7 +145,12 @@ def _write_shards(folder: Path, tensors: dict[str, StoredTensor], shard_bytes: i
     with TensorReader() as reader:
         for number, shard in enumerate(shards, start=1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            writes = [stored_tensor(name, tensor, reader) for name, tensor in shard.items()]
+            writes = [
+                stored_tensor(name, tensor, reader)
+                if isinstance(tensor, StoredTensor)
+                else tensor.to_write(name, reader)
+                for name, tensor in shard.items()
+            ]
             write_tensors(folder / file, writes, {"format": "pt"}, report.advance)
             weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:

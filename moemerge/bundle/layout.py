@@ -1,6 +1,9 @@
 """Names of files and tensors inside a bundle."""
 
 POOL_METADATA = {"format": "pt"}
+RESIDUAL_FOLDER = "residuals"
+CODES, SCALES, LEFT, RIGHT = "codes", "scales", "left", "right"
+"""Suffixes of the tensors of a coded matrix: packed codes and their scales, or two factors."""
 
 
 def pool_file(layer_index: int) -> str:
@@ -9,8 +12,21 @@ def pool_file(layer_index: int) -> str:
 
 
 def pool_tensor(index: int, part: str) -> str:
-    """Name of one part of a pool expert; sorting by name keeps an expert's parts together."""
+    """Name of one part of a pool expert, to which a suffix comes where it is coded.
+
+    Sorting by name keeps an expert's parts together.
+    """
     return f"e{index:05d}.{part}"
+
+
+def residual_file(variant: str, layer_index: int) -> str:
+    """File of a variant's residuals in a layer."""
+    return f"{RESIDUAL_FOLDER}/{variant}/layer-{layer_index:05d}.safetensors"
+
+
+def residual_tensor(slot: int, part: str) -> str:
+    """Name of one part of a slot's residual, to which a suffix comes."""
+    return f"s{slot:05d}.{part}"
 
 
 def shared_file(number: int) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path, PurePosixPath
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,8 +15,10 @@ MANIFEST = "moemerge.json"
 CHECKSUMS = "SHA256SUMS"
 CARD = "README.md"
 SCHEMA = "moemerge/bundle@1"
-KNOWN_FEATURES: frozenset[str] = frozenset()
-"""Features this version reads. Reserved for later: `residuals` and `quantised-pool`."""
+RESIDUALS = "residuals"
+QUANTISED_POOL = "quantised-pool"
+KNOWN_FEATURES = frozenset({RESIDUALS, QUANTISED_POOL})
+"""Features this version reads."""
 
 MAX_MANIFEST_BYTES = 256 * 2**20
 
@@ -53,6 +55,13 @@ FileName = Annotated[str, AfterValidator(_check_file_name)]
 VariantName = Annotated[str, AfterValidator(_check_name)]
 Kind = TypeVar("Kind", bound=BaseModel)
 RelativeError = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+FACTOR_BITS = 16
+"""Bits of a factor's entries: low rank is stored as bf16."""
+COLUMN_MULTIPLE = 8
+"""Codes of fewer than eight bits need a multiple of so many columns; as `models.packed` has it, whose import
+takes a second that not every reader of a manifest has."""
+MAP_ENTRY_BYTES = 4
 
 
 class _Entry(BaseModel):
@@ -74,17 +83,73 @@ class _Header(_Entry):
     features: Features
 
 
+class CodeSpec(_Entry):
+    """How every part of a pool expert or residual is stored, if not as a plain tensor.
+
+    Attributes:
+        kind: `bits`: packed codes and scales; `low_rank`: two bf16 factors.
+        bits: Of a code, 1 to 6 or 8; 16 for factors.
+        group: Columns that share a scale; None: one scale per row.
+        rank: Of the factors.
+    """
+
+    kind: Literal["bits", "low_rank"]
+    bits: Literal[1, 2, 3, 4, 5, 6, 8, 16]
+    group: int | None = Field(default=None, gt=0)
+    rank: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "CodeSpec":
+        if self.kind == "bits" and (self.bits == FACTOR_BITS or self.rank is not None):
+            raise ValueError("packed codes have 1 to 8 bits and no rank")
+        if self.kind == "low_rank" and (self.bits != FACTOR_BITS or self.group is not None or not self.rank):
+            raise ValueError(f"low rank has {FACTOR_BITS} bits, a rank and no group")
+        return self
+
+    def group_of(self, num_columns: int) -> int:
+        """Columns that share a scale in a matrix of so many; a row has at least one scale."""
+        return min(self.group or num_columns, num_columns)
+
+    def part_bytes(self, num_rows: int, num_columns: int) -> int:
+        """Bytes that a matrix of that shape takes."""
+        if self.rank is not None:
+            return self.rank * (num_rows + num_columns) * FACTOR_BITS // 8
+        scales = -(-num_columns // self.group_of(num_columns))
+        return num_rows * (num_columns * self.bits // 8 + 2 * scales)
+
+
 class PoolLayer(RoutedLayer):
     """Where the pool experts of a layer are.
 
     Attributes:
         file: Safetensors file.
         num_experts: Pool experts in it, named `e00000.<part>` onwards.
+        codes: For each pool expert how it is coded, None where it is plain; empty when all are plain.
+        dtype: Of effective experts, where codes or residuals are added up to them.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     file: BundlePath
     num_experts: int = Field(gt=0)
+    codes: list[CodeSpec | None] = Field(default_factory=list)
+    dtype: Literal["F64", "F32", "F16", "BF16"] | None = None
+
+    @model_validator(mode="after")
+    def _codes_fit(self) -> "PoolLayer":
+        if self.codes and len(self.codes) != self.num_experts:
+            raise ValueError(f"layer {self.index}: {len(self.codes)} codes, expected {self.num_experts}")
+        if any(code is not None and code.kind != "bits" for code in self.codes):
+            raise ValueError(f"layer {self.index}: a pool expert has codes of bits, or none")
+        return self
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether any of its pool experts is."""
+        return any(self.codes)
+
+    def code(self, index: int) -> CodeSpec | None:
+        """How a pool expert is coded, if it is."""
+        return self.codes[index] if self.codes else None
 
 
 class VariantEntry(_Entry):
@@ -98,7 +163,10 @@ class VariantEntry(_Entry):
         tensors: File by exported name of every non-expert tensor.
         files: Bundle path by original name of config, tokenizer, template, generation config.
         maps: Expert map by layer index: for each slot the pool expert.
-        errors: By layer index: for each slot, distance to the pool expert over the expert's norm.
+        errors: By layer index: for each slot, distance to the effective expert over the expert's norm.
+        residuals: By layer index: for each slot how its residual is coded, None where it has none; layers
+            without any may be absent.
+        damage: What sharing and codes cost this variant, predicted and measured, by free names.
     """
 
     source: str
@@ -109,6 +177,18 @@ class VariantEntry(_Entry):
     files: dict[FileName, BundlePath]
     maps: dict[int, list[int]]
     errors: dict[int, list[RelativeError]]
+    residuals: dict[int, list[CodeSpec | None]] = Field(default_factory=dict)
+    damage: dict[str, FiniteFloat] | None = None
+
+    @property
+    def residual_layers(self) -> list[int]:
+        """Indices of layers in which a slot has a residual."""
+        return sorted(index for index, codes in self.residuals.items() if any(codes))
+
+    def residual(self, layer_index: int, slot: int) -> CodeSpec | None:
+        """How the residual of a slot is coded, if there is one."""
+        codes = self.residuals.get(layer_index)
+        return codes[slot] if codes else None
 
 
 class Provenance(_Entry):
@@ -128,7 +208,8 @@ class Manifest(_Header):
         parts: Shape of each expert part.
         num_slots: E, the same in every layer and variant.
         variant_bytes: Expert bytes of the largest variant; the unit of the bytes ratio.
-        pool_bytes: Bytes of all pool experts.
+        pool_bytes: Bytes of all pool experts, codes and scales included.
+        residual_bytes: Bytes of all residuals.
     """
 
     family: str
@@ -136,14 +217,16 @@ class Manifest(_Header):
     parts: dict[str, list[int]]
     variant_bytes: int = Field(gt=0)
     pool_bytes: int = Field(gt=0)
+    residual_bytes: int = Field(default=0, ge=0)
     layers: list[PoolLayer] = Field(min_length=1)
     variants: dict[VariantName, VariantEntry] = Field(min_length=1)
     provenance: Provenance
 
     @property
     def bytes_ratio(self) -> float:
-        """Pool bytes over the expert bytes of one variant."""
-        return self.pool_bytes / self.variant_bytes
+        """Expert bytes, pool, residuals and maps, over the expert bytes of one variant."""
+        maps = map_bytes(len(self.variants), len(self.layers), self.num_slots)
+        return (self.pool_bytes + self.residual_bytes + maps) / self.variant_bytes
 
     @model_validator(mode="after")
     def _maps_point_into_pools(self) -> "Manifest":
@@ -162,6 +245,47 @@ class Manifest(_Header):
                 if len(expert_map) != self.num_slots or not all(0 <= e < sizes[index] for e in expert_map):
                     raise ValueError(f"variant {name}, layer {index}: expert map does not fit the pool")
         return self
+
+    @model_validator(mode="after")
+    def _codes_fit(self) -> "Manifest":
+        layers = {layer.index: layer for layer in self.layers}
+        coded = {index for index, layer in layers.items() if layer.is_coded}
+        specs = [code for layer in self.layers for code in layer.codes if code]
+        for name, variant in self.variants.items():
+            for index, codes in variant.residuals.items():
+                if index not in layers or len(codes) != self.num_slots:
+                    raise ValueError(
+                        f"variant {name}, layer {index}: residuals of {len(codes)} slots, expected "
+                        f"{self.num_slots} in a layer that has a pool"
+                    )
+                specs += [code for code in codes if code]
+            coded |= set(variant.residual_layers)
+        for index in sorted(coded):
+            if layers[index].dtype is None:
+                raise ValueError(f"layer {index}: no dtype of effective experts")
+        columns = [shape[-1] for shape in self.parts.values() if shape]
+        if any(spec.bits < 8 for spec in specs) and any(count % COLUMN_MULTIPLE for count in columns):
+            raise ValueError(f"codes of less than 8 bits need a multiple of {COLUMN_MULTIPLE} columns")
+        return self
+
+    @model_validator(mode="after")
+    def _features_agree(self) -> "Manifest":
+        present = {
+            QUANTISED_POOL: any(layer.is_coded for layer in self.layers),
+            RESIDUALS: any(variant.residual_layers for variant in self.variants.values()),
+        }
+        for feature, is_there in present.items():
+            if is_there != (feature in self.features.required):
+                raise ValueError(
+                    f"required features are {self.features.required}, but {feature} "
+                    f"{'is' if is_there else 'is not'} there"
+                )
+        return self
+
+
+def map_bytes(num_variants: int, num_layers: int, num_slots: int) -> int:
+    """Bytes of all expert maps, as the bytes ratio counts them."""
+    return MAP_ENTRY_BYTES * num_variants * num_layers * num_slots
 
 
 def dump_manifest(manifest: Manifest) -> str:

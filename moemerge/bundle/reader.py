@@ -1,18 +1,30 @@
 """Open a bundle: its manifest, and every tensor by role as a place in a file."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
-from moemerge.bundle.layout import pool_tensor
+from moemerge.bundle.coded import (
+    StoredMatrix,
+    StoredResidual,
+    assemble,
+    find_codes,
+    find_residual,
+)
+from moemerge.bundle.layout import pool_tensor, residual_file, residual_tensor
 from moemerge.bundle.manifest import Manifest, PoolLayer, VariantEntry, read_manifest
-from moemerge.checkpoint.checkpoint import Parts
 from moemerge.checkpoint.family import Family, evaluate_shape, find_family
 from moemerge.checkpoint.headers import StoredTensor, read_header
-from moemerge.checkpoint.tensors import map_tensors
+from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors
 from moemerge.errors import DamagedBundle, NotFound
+from moemerge.models.packed import Matrix, Residual
+
+PoolParts = dict[str, StoredMatrix]
+"""Places of a pool expert's parts by name."""
+ResidualParts = dict[str, StoredResidual]
+"""Places of a residual's parts by name."""
 
 
 @dataclass(frozen=True)
@@ -45,24 +57,41 @@ class Bundle:
         """The pool of the layer with that index through all stacks."""
         return next(layer for layer in self.manifest.layers if layer.index == index)
 
-    def pool(self, index: int) -> list[Parts]:
+    def pool(self, index: int) -> list[PoolParts]:
         """Places of the parts of every pool expert of a layer.
 
         Raises:
             DamagedBundle: The file does not hold what the manifest says.
         """
         layer = self.layer(index)
-        stored = self._headers[layer.file]
-        pool = [
-            {part: self._find(stored, layer.file, pool_tensor(number, part)) for part in self.manifest.parts}
-            for number in range(layer.num_experts)
-        ]
-        for parts in pool:
-            for part, tensor in parts.items():
-                self._check_shape(tensor, tuple(self.manifest.parts[part]))
-        if len(stored) != layer.num_experts * len(self.manifest.parts):
-            raise DamagedBundle(f"{self.folder / layer.file}: holds tensors that the manifest does not know")
+        stored = set(self._headers[layer.file])
+        pool = [self._pool_expert(layer, number, stored) for number in range(layer.num_experts)]
+        self._refuse_unknown(stored, layer.file)
         return pool
+
+    def residuals(self, variant: str, index: int) -> list[ResidualParts | None]:
+        """Places of the residuals of every slot of a variant in a layer; None for a slot without one.
+
+        Raises:
+            DamagedBundle: The file does not hold what the manifest says.
+        """
+        entry = self.variant(variant)
+        if index not in entry.residual_layers:
+            return [None] * self.manifest.num_slots
+        file = residual_file(variant, index)
+        stored = set(self._headers[file])
+        found: list[ResidualParts | None] = []
+        for slot, spec in enumerate(entry.residuals[index]):
+            if spec is None:
+                found.append(None)
+                continue
+            parts: ResidualParts = {}
+            for part, (num_rows, num_columns) in self.manifest.parts.items():
+                find = partial(self._claim, stored, file, residual_tensor(slot, part))
+                parts[part] = find_residual(spec, (num_rows, num_columns), find)
+            found.append(parts)
+        self._refuse_unknown(stored, file)
+        return found
 
     def tensors(self, variant: str) -> dict[str, StoredTensor]:
         """Places of a variant's non-expert tensors by role.
@@ -103,13 +132,25 @@ class Bundle:
             raise DamagedBundle(f"{path}: is missing. Copy or build the bundle again")
         return path
 
-    def map_pool(self, index: int) -> list[dict[str, Tensor]]:
+    def map_pool(self, index: int) -> list[dict[str, Matrix]]:
         """Parts of every pool expert of a layer, as views of the mapped file."""
         tensors = map_tensors(self.folder / self.layer(index).file)
-        self.pool(index)
         return [
-            {part: tensors[pool_tensor(number, part)] for part in self.manifest.parts}
-            for number in range(self.layer(index).num_experts)
+            {part: assemble(matrix, lambda place: tensors[place.name]) for part, matrix in parts.items()}
+            for parts in self.pool(index)
+        ]
+
+    def map_residuals(self, variant: str, index: int) -> list[dict[str, Residual] | None]:
+        """Residuals of every slot of a variant in a layer, as views of the mapped file."""
+        stored = self.residuals(variant, index)
+        if not any(stored):
+            return [None] * len(stored)
+        tensors = map_tensors(self.folder / residual_file(variant, index))
+        return [
+            {part: matrix.assemble(lambda place: tensors[place.name]) for part, matrix in parts.items()}
+            if parts
+            else None
+            for parts in stored
         ]
 
     def stored_names(self, file: str) -> set[str]:
@@ -119,7 +160,8 @@ class Bundle:
     @cached_property
     def _headers(self) -> dict[str, dict[str, StoredTensor]]:
         files = {layer.file for layer in self.manifest.layers}
-        files |= {file for variant in self.manifest.variants.values() for file in variant.tensors.values()}
+        for name, variant in self.manifest.variants.items():
+            files |= {*variant.tensors.values(), *residual_files(name, variant)}
         return {file: read_header(self.folder / file) for file in sorted(files)}
 
     def _find(self, stored: dict[str, StoredTensor], file: str, name: str) -> StoredTensor:
@@ -127,11 +169,53 @@ class Bundle:
             raise DamagedBundle(f"{self.folder / file}: no tensor {name}, which the manifest places there")
         return stored[name]
 
+    def _pool_expert(self, layer: PoolLayer, number: int, unclaimed: set[str]) -> PoolParts:
+        """Places of a pool expert's parts; takes their names out of `unclaimed`."""
+        spec = layer.code(number)
+        parts: PoolParts = {}
+        for part, (num_rows, num_columns) in self.manifest.parts.items():
+            name, shape = pool_tensor(number, part), (num_rows, num_columns)
+            if spec is None:
+                parts[part] = plain = self._find(self._headers[layer.file], layer.file, name)
+                self._check_shape(plain, shape)
+                unclaimed.discard(name)
+            else:
+                parts[part] = find_codes(spec, shape, partial(self._claim, unclaimed, layer.file, name))
+        return parts
+
+    def _claim(
+        self, unclaimed: set[str], file: str, stem: str, suffix: str, dtype: str, shape: tuple[int, ...]
+    ) -> StoredTensor:
+        """The tensor of a coded matrix; takes its name out of `unclaimed`."""
+        tensor = self._find(self._headers[file], file, f"{stem}.{suffix}")
+        self._check_shape(tensor, shape)
+        if tensor.dtype != dtype:
+            raise DamagedBundle(f"{tensor.path}: {tensor.name} is {tensor.dtype}, expected {dtype}")
+        unclaimed.discard(tensor.name)
+        return tensor
+
+    def _refuse_unknown(self, unclaimed: set[str], file: str) -> None:
+        if unclaimed:
+            raise DamagedBundle(
+                f"{self.folder / file}: holds tensors that the manifest does not know; first {min(unclaimed)}"
+            )
+
     def _check_shape(self, tensor: StoredTensor, expected: tuple[int, ...]) -> None:
         if tensor.shape != expected:
             raise DamagedBundle(
                 f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
             )
+
+
+def residual_files(variant: str, entry: VariantEntry) -> list[str]:
+    """Files of a variant's residuals."""
+    return [residual_file(variant, index) for index in entry.residual_layers]
+
+
+def effective_dtype(layer: PoolLayer) -> torch.dtype:
+    """The dtype that effective experts of a layer are rounded to."""
+    assert layer.dtype is not None, "only layers with codes or residuals have effective experts"
+    return TORCH_DTYPES[layer.dtype]
 
 
 def open_bundle(folder: Path) -> Bundle:

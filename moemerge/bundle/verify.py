@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
+from moemerge.bundle.layout import RESIDUAL_FOLDER
 from moemerge.bundle.manifest import CHECKSUMS, MANIFEST, read_manifest
-from moemerge.bundle.reader import Bundle, open_bundle
+from moemerge.bundle.reader import Bundle, open_bundle, residual_files
 from moemerge.bundle.writer import format_checksums
 from moemerge.checkpoint.digest import hash_file
 from moemerge.errors import DamagedBundle, DamagedInput, Finding, MoemergeError, list_findings
@@ -92,13 +93,16 @@ def check_ledger(bundle: Bundle) -> list[Finding]:
     """
     findings: list[Finding] = []
     used: dict[str, set[str]] = {}
-    pool_bytes = 0
-    for layer in bundle.manifest.layers:
-        pool_bytes += sum(tensor.nbytes for parts in bundle.pool(layer.index) for tensor in parts.values())
+    pools = [bundle.pool(layer.index) for layer in bundle.manifest.layers]
+    pool_bytes = sum(matrix.nbytes for pool in pools for parts in pool for matrix in parts.values())
     if pool_bytes != bundle.manifest.pool_bytes:
         findings.append(
             _damaged("POOL_BYTES", MANIFEST, f"pool_bytes is {bundle.manifest.pool_bytes}", str(pool_bytes))
         )
+    residual_bytes = sum(_residual_bytes(bundle, name) for name in bundle.manifest.variants)
+    if residual_bytes != bundle.manifest.residual_bytes:
+        found = f"residual_bytes is {bundle.manifest.residual_bytes}"
+        findings.append(_damaged("RESIDUAL_BYTES", MANIFEST, found, str(residual_bytes)))
     for name, entry in bundle.manifest.variants.items():
         try:
             bundle.tensors(name)
@@ -109,7 +113,22 @@ def check_ledger(bundle: Bundle) -> list[Finding]:
         for file in entry.files:
             bundle.side_file(name, file)
     findings += _unclaimed(bundle, used)
+    findings += _unused_residuals(bundle)
     return findings
+
+
+def _residual_bytes(bundle: Bundle, variant: str) -> int:
+    layers = [bundle.residuals(variant, index) for index in bundle.variant(variant).residual_layers]
+    return sum(matrix.nbytes for slots in layers for parts in slots if parts for matrix in parts.values())
+
+
+def _unused_residuals(bundle: Bundle) -> list[Finding]:
+    used = {file for name, entry in bundle.manifest.variants.items() for file in residual_files(name, entry)}
+    folder = bundle.folder / RESIDUAL_FOLDER
+    present = {p.relative_to(bundle.folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    return [
+        _damaged("RESIDUAL_UNUSED", file, "no variant has residuals there") for file in sorted(present - used)
+    ]
 
 
 def _unclaimed(bundle: Bundle, used: dict[str, set[str]]) -> list[Finding]:

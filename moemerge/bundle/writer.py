@@ -1,27 +1,38 @@
 """Write the files of a bundle, each as a function from tensors to one file and its hash."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from moemerge.bundle.layout import POOL_METADATA, pool_file, pool_tensor
+import torch
+
+from moemerge.bundle.coded import tensors_of
+from moemerge.bundle.layout import (
+    POOL_METADATA,
+    pool_file,
+    pool_tensor,
+    residual_file,
+    residual_tensor,
+)
 from moemerge.bundle.manifest import CHECKSUMS
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.writer import (
     TensorToWrite,
     ignore,
+    memory_tensor,
     replacing,
     stored_tensor,
     write_tensors,
     write_text,
 )
+from moemerge.models.packed import PackedMatrix, Residual
 
 
 def write_pool(
     folder: Path,
     layer_index: int,
-    experts: Iterable[dict[str, TensorToWrite]],
+    experts: Iterable[Mapping[str, TensorToWrite | PackedMatrix]],
     advance: Callable[[int], None] = ignore,
 ) -> dict[str, str]:
     """Write a layer's pool.
@@ -29,19 +40,65 @@ def write_pool(
     Args:
         folder: The bundle, or its staging folder.
         layer_index: Counted through all stacks.
-        experts: Parts by name, in pool order.
+        experts: Parts by name, in pool order; those of one expert are all plain or all coded alike.
         advance: Told of the bytes written.
 
     Returns:
         SHA-256 of the written file by its path in the bundle.
     """
-    tensors = [
-        TensorToWrite(name=pool_tensor(number, part), dtype=t.dtype, shape=t.shape, chunks=t.chunks)
-        for number, parts in enumerate(experts)
-        for part, t in parts.items()
-    ]
+    tensors = []
+    for number, parts in enumerate(experts):
+        for part, matrix in parts.items():
+            stem = pool_tensor(number, part)
+            if isinstance(matrix, PackedMatrix):
+                tensors += _coded(stem, matrix)
+            else:
+                tensors.append(
+                    TensorToWrite(name=stem, dtype=matrix.dtype, shape=matrix.shape, chunks=matrix.chunks)
+                )
     name = pool_file(layer_index)
     return {name: write_tensors(folder / name, tensors, POOL_METADATA, advance)}
+
+
+def write_residuals(
+    folder: Path,
+    variant: str,
+    layer_index: int,
+    slots: Sequence[Mapping[str, Residual] | None],
+    advance: Callable[[int], None] = ignore,
+) -> dict[str, str]:
+    """Write a variant's residuals in a layer.
+
+    Args:
+        folder: The bundle, or its staging folder.
+        variant: Its name.
+        layer_index: Counted through all stacks.
+        slots: For each slot the parts by name, or None where it has no residual.
+        advance: Told of the bytes written.
+
+    Returns:
+        SHA-256 of the written file by its path in the bundle; nothing, and no file, when no slot has one.
+    """
+    tensors = [
+        tensor
+        for slot, parts in enumerate(slots)
+        for part, matrix in (parts or {}).items()
+        for tensor in _coded(residual_tensor(slot, part), matrix)
+    ]
+    if not tensors:
+        return {}
+    name = residual_file(variant, layer_index)
+    return {name: write_tensors(folder / name, tensors, POOL_METADATA, advance)}
+
+
+def _coded(stem: str, matrix: Residual) -> list[TensorToWrite]:
+    """The tensors of a coded matrix, scales and factors in bf16."""
+    found = []
+    for suffix, tensor in tensors_of(matrix).items():
+        assert tensor.dtype in (torch.uint8, torch.bfloat16), f"{stem}.{suffix} is {tensor.dtype}"
+        assert tensor.dtype == torch.uint8 or tensor.isfinite().all(), f"{stem}.{suffix} is not finite"
+        found.append(memory_tensor(f"{stem}.{suffix}", tensor))
+    return found
 
 
 def copy_tensors(
