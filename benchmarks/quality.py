@@ -19,14 +19,15 @@ from torch import Tensor
 
 from moemerge.bundle.reader import open_bundle
 from moemerge.bundle.verify import verify_bundle
+from moemerge.calibration.texts import cut_windows, read_task
 from moemerge.checkpoint.tokenizer import load_tokenizer
 from moemerge.checkpoint.variants import VariantSet, open_variants
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.policies import POLICIES
 from moemerge.consolidation.recipe import options_of
 from moemerge.evaluation.loading import average_models, load_model
-from moemerge.evaluation.perplexity import cut_windows, mean_nll, perplexity
-from moemerge.evaluation.tasks import exact_match, greedy_answers, read_task
+from moemerge.evaluation.perplexity import mean_nll, perplexity
+from moemerge.evaluation.tasks import exact_match, greedy_answers
 from moemerge.models import StandAlone
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine

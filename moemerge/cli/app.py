@@ -2,7 +2,21 @@
 
 import typer
 
-from moemerge.cli import bench, chat, demo, export, merge, plan, pull, run, serve, show, similarity, verify
+from moemerge.cli import (
+    bench,
+    calibrate,
+    chat,
+    demo,
+    export,
+    merge,
+    plan,
+    pull,
+    run,
+    serve,
+    show,
+    similarity,
+    verify,
+)
 from moemerge.cli.command import command, run_program
 
 app = typer.Typer(
@@ -35,7 +49,9 @@ def _program(
     pass
 
 
-for module in (pull, show, similarity, plan, merge, verify, export, run, chat, serve, bench, demo):
+for module in (
+    pull, show, similarity, calibrate, plan, merge, verify, export, run, chat, serve, bench, demo,
+):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     app.command(name)(command(getattr(module, name)))
 

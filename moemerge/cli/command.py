@@ -90,7 +90,7 @@ def run_program(program: Callable[[], None]) -> None:
 
 def _what_is_left(name: str, options: dict[str, Any]) -> str:
     """What a stopped command leaves, for those who would start it again."""
-    if name in ("merge", "pull") or (name == "run" and options.get("source")):
+    if name in ("merge", "pull", "calibrate") or (name == "run" and options.get("source")):
         return f" {_RESUMABLE}"
     return "" if name in ("run", "chat", "serve") else f" {_STOPPED}"
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.bundle.reader import is_bundle, open_bundle
+from moemerge.calibration.texts import cut_windows, read_text
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.tokenizer import VariantTokenizer, load_tokenizer
 from moemerge.checkpoint.variants import VariantSet, open_variants
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.recipe import options_of
-from moemerge.errors import InvalidRecipe, NotFound, UnsupportedCheckpoint
+from moemerge.errors import NotFound, UnsupportedCheckpoint
 from moemerge.evaluation.loading import average_models, load_model
-from moemerge.evaluation.perplexity import cut_windows, gain_recovered, mean_nll, perplexity
+from moemerge.evaluation.perplexity import gain_recovered, mean_nll, perplexity
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
 from moemerge.runner.options import EngineOptions
@@ -174,7 +175,7 @@ def _answer(folder: Path, texts: dict[str, Path]) -> tuple[dict[str, tuple[str, 
         for name, path in texts.items():
             text = VariantText(bundle, name)
             swaps.append(engine.ensure_resident(name))
-            prompt = _prompt(_read_text(path))
+            prompt = _prompt(read_text(path))
             found = answer(engine, text, text.encode(prompt), max_tokens=_ANSWER_TOKENS)
             answers[name] = (prompt, found.text)
     return answers, swaps
@@ -185,13 +186,6 @@ def _prompt(text: str) -> str:
     middle = text[len(text) // 2 :]
     paragraph = middle.partition("\n")[2].lstrip() or middle
     return paragraph[:36] + paragraph[36:].partition(" ")[0]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRecipe(f"{path}: not UTF-8 text ({error})") from error
 
 
 def _similarity(folder: Path) -> list[dict[str, float]]:
@@ -205,7 +199,7 @@ def _similarity(folder: Path) -> list[dict[str, float]]:
 
 def _windows(checkpoint: Checkpoint, path: Path) -> list[list[int]]:
     tokenizer = _tokenizer(checkpoint)
-    return cut_windows(tokenizer.encode(_read_text(path)), WINDOW_TOKENS, NUM_WINDOWS)
+    return cut_windows(tokenizer.encode(read_text(path)), WINDOW_TOKENS, NUM_WINDOWS)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> VariantTokenizer:

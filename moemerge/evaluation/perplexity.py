@@ -7,25 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moemerge.errors import InvalidRecipe
-
 TextLogits = Callable[[Tensor], Tensor]
 """From token ids [B, T] to the logits [B, T, Vo] of what follows each, as `StandAlone.forward`."""
 
 _BATCH = 8
-
-
-def cut_windows(token_ids: Sequence[int], length: int, count: int) -> list[list[int]]:
-    """Up to `count` windows of `length` tokens, from the beginning, without overlap.
-
-    Raises:
-        InvalidRecipe: The text is shorter than one window.
-    """
-    windows = [list(token_ids[start : start + length]) for start in range(0, len(token_ids), length)][:count]
-    whole = [window for window in windows if len(window) == length]
-    if not whole:
-        raise InvalidRecipe(f"the text has {len(token_ids)} tokens, fewer than one window of {length}")
-    return whole
 
 
 def mean_nll(logits_of: TextLogits, windows: Sequence[Sequence[int]]) -> float:

@@ -1,41 +1,15 @@
 """Accuracy on text-to-text tasks: exact match of the answer."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from moemerge.errors import InvalidRecipe, UnsupportedCheckpoint
+from moemerge.calibration.texts import TaskRow
+from moemerge.errors import UnsupportedCheckpoint
 from moemerge.models import EncoderDecoder, GrowingCache, StandAlone, build_batch
 
 Answer = Callable[[list[list[int]]], list[list[int]]]
 """From prompts to answers, both as token ids; an answer ends before its stop id."""
 
 _BATCH = 32
-
-
-@dataclass(frozen=True, slots=True)
-class TaskRow:
-    """One question and its answer."""
-
-    input: str
-    target: str
-
-
-def read_task(path: Path, limit: int | None = None) -> list[TaskRow]:
-    """Rows of a JSON-lines file with `input` and `target`.
-
-    Raises:
-        InvalidRecipe: A line that is no such object.
-    """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            value = json.loads(line)
-            rows.append(TaskRow(value["input"], value["target"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidRecipe(f"{path}, line {number}: expected an object with input and target") from error
-    return rows[:limit]
 
 
 def exact_match(

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from moemerge.calibration.texts import TaskRow, cut_windows, read_task
 from moemerge.checkpoint.checkpoint import open_checkpoint
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.errors import InvalidRecipe, UnsupportedCheckpoint
 from moemerge.evaluation.loading import average_models, load_model
-from moemerge.evaluation.perplexity import cut_windows, mean_nll
-from moemerge.evaluation.tasks import TaskRow, exact_match, greedy_answers, read_task
+from moemerge.evaluation.perplexity import mean_nll
+from moemerge.evaluation.tasks import exact_match, greedy_answers
 from tests.factories import write_checkpoint
 
 PROMPTS = [[5, 9, 33, 12, 1], [60, 3, 1], [7] * 40 + [1]]

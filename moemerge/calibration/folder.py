@@ -1,0 +1,362 @@
+"""Calibrations on disk: an index, and a folder of one file a layer for each variant.
+
+A variant is written beside its place and appears whole; others that are there stay as they are.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moemerge import __version__
+from moemerge.bundle.target import locked, writing
+from moemerge.calibration.passes import (
+    CalibrationOptions,
+    calibrate_variant,
+    mean_nll,
+    measure_nll,
+)
+from moemerge.calibration.statistics import LayerStatistics, layer_of_tensors, layer_tensors
+from moemerge.calibration.texts import Passage, Text, load_texts
+from moemerge.checkpoint.checkpoint import Checkpoint
+from moemerge.checkpoint.disk import check_disk
+from moemerge.checkpoint.fingerprint import fingerprint
+from moemerge.checkpoint.tensors import TensorReader, map_tensors
+from moemerge.checkpoint.variants import VariantSet
+from moemerge.checkpoint.writer import memory_tensor, write_tensors, write_text
+from moemerge.errors import (
+    DamagedInput,
+    Finding,
+    IncompatibleInputs,
+    InvalidRecipe,
+    NotFound,
+    UnsupportedCheckpoint,
+)
+from moemerge.progress import Progress
+
+SCHEMA = "moemerge/calibration@1"
+INDEX = "calibration.json"
+# What a base is compared on, spread over the text.
+_COMPARED_TOKENS = 8192
+logger = logging.getLogger(__name__)
+
+
+class VariantCalibration(BaseModel):
+    """What one variant's statistics were made from.
+
+    Attributes:
+        fingerprint: Of the weights; see `checkpoint.fingerprint`.
+        text_sha256: Of the text's file.
+        num_tokens: Tokens that were used.
+        num_passages: Windows, or rows of input and target.
+        max_tokens: Tokens that were asked for.
+        reservoir: Tokens sampled per slot.
+        seed: Of the sample.
+        dtype: Of the computation.
+        nll: Mean negative log-likelihood in nats of the variant on its text.
+        base_nll_excess: By how much the base's is higher, on a part of the text; None without a base.
+        moemerge: Version that made it.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    fingerprint: str
+    text_sha256: str
+    num_tokens: int = Field(gt=0)
+    num_passages: int = Field(gt=0)
+    max_tokens: int = Field(gt=0)
+    reservoir: int = Field(gt=0)
+    seed: int
+    dtype: str
+    nll: float
+    base_nll_excess: float | None = None
+    moemerge: str
+
+
+class CalibrationIndex(BaseModel):
+    """`calibration.json`: the geometry that all variants share, and each of them."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    schema_: str = Field(default=SCHEMA, alias="schema")
+    family: str
+    num_slots: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    layers: list[int] = Field(min_length=1)
+    variants: dict[str, VariantCalibration]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A folder of statistics, opened."""
+
+    folder: Path
+    index: CalibrationIndex
+
+    def layer(self, variant: str, layer_index: int) -> LayerStatistics:
+        """What a layer of a variant has counted; tensors are views of the mapped file.
+
+        Raises:
+            InvalidRecipe: The variant was not calibrated.
+            NotFound, DamagedInput: The file is missing or damaged.
+        """
+        if variant not in self.index.variants:
+            raise InvalidRecipe(f"{self.folder}: variant {variant!r} is not calibrated there")
+        path = self.folder / variant / layer_file(layer_index)
+        try:
+            layer = layer_of_tensors(map_tensors(path), self.index.variants[variant].reservoir)
+        except (KeyError, ValueError) as error:
+            raise DamagedInput(f"{path}: not the statistics of a layer ({error})") from error
+        widths = {slot.moment_DD.shape[0] for slot in layer.slots}
+        if len(layer.slots) != self.index.num_slots or widths != {self.index.hidden_size}:
+            raise DamagedInput(f"{path}: statistics of another geometry than {INDEX} says")
+        return layer
+
+    def check(self, variants: VariantSet) -> None:
+        """Make sure that these statistics are of these variants.
+
+        Raises:
+            InvalidRecipe: A variant was not calibrated.
+            IncompatibleInputs: A variant was calibrated with other weights.
+        """
+        missing = [name for name in variants.variants if name not in self.index.variants]
+        if missing:
+            raise InvalidRecipe(
+                f"{self.folder}: not calibrated: {', '.join(missing)}. Add with moemerge calibrate -o "
+                f"{self.folder}; what is there stays"
+            )
+        with TensorReader() as reader:
+            other = [
+                name
+                for name, checkpoint in variants.variants.items()
+                if fingerprint(checkpoint, reader) != self.index.variants[name].fingerprint
+            ]
+        if other:
+            raise IncompatibleInputs(
+                f"{self.folder}: calibrated with other weights than those given: {', '.join(other)}. "
+                f"Calibrate again, or give the checkpoints that were calibrated"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What `calibrate` has done.
+
+    Attributes:
+        calibration: The folder, opened.
+        reused: Variants that were there already, from the same weights, text and settings.
+        findings: Warnings.
+    """
+
+    calibration: Calibration
+    reused: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+
+def calibrate(
+    variants: VariantSet,
+    paths: Mapping[str, Path],
+    folder: Path,
+    options: CalibrationOptions | None = None,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Run every variant on its own text and keep the statistics in `folder`, beside those it holds already.
+
+    Args:
+        variants: Local checkpoints; a base, if there is one, tells whether a text suits its variant.
+        paths: Text by variant.
+        folder: Created when it is not there.
+        options: How to.
+        progress: Told of the bytes of weights whose work is done.
+
+    Raises:
+        InvalidRecipe, NotFound: As `load_texts`, or the folder holds something else.
+        IncompatibleInputs: The folder holds statistics of another geometry.
+        NotEnoughRoom: Memory or disk does not suffice.
+        Busy: Another process writes the same folder.
+    """
+    options = options or CalibrationOptions()
+    texts = load_texts(variants.variants, paths, options.num_tokens)
+    reused, findings = [], []
+    with writing(folder), locked(folder):
+        index = _open_index(folder, variants.first)
+        for name, checkpoint in variants.variants.items():
+            entry = _describe(checkpoint, texts[name], options)
+            if _is_there(folder, name, entry, index):
+                reused.append(name)
+                continue
+            check_disk(folder, _folder_bytes(checkpoint, options), f"calibrating {name}")
+            with _replacing(folder, name, index) as place:
+                nll = _write_layers(checkpoint, texts[name].passages, place, options, progress, name)
+            entry = entry.model_copy(update={"nll": mean_nll(nll, texts[name].passages)})
+            if variants.base is not None:
+                excess = _compare(variants.base, texts[name].passages, nll, options, progress, name)
+                entry = entry.model_copy(update={"base_nll_excess": excess})
+            index = index.model_copy(update={"variants": {**index.variants, name: entry}})
+            write_text(folder / INDEX, _dump(index))
+            findings += _judge(name, entry, texts[name])
+    return Calibrated(Calibration(folder, index), tuple(reused), tuple(findings))
+
+
+def open_calibration(folder: Path) -> Calibration:
+    """A folder that `calibrate` has written.
+
+    Raises:
+        NotFound: No such folder.
+        UnsupportedCheckpoint: Not a calibration, or of another version.
+        DamagedInput: Its index is malformed.
+    """
+    if not folder.is_dir():
+        raise NotFound(f"{folder}: no such calibration")
+    path = folder / INDEX
+    if not path.is_file():
+        raise UnsupportedCheckpoint(f"{folder}: not a calibration: it has no {INDEX}")
+    try:
+        index = CalibrationIndex.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise DamagedInput(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+    if index.schema_ != SCHEMA:
+        raise UnsupportedCheckpoint(f"{path}: schema {index.schema_!r}, this moemerge reads {SCHEMA}")
+    return Calibration(folder, index)
+
+
+def layer_file(layer_index: int) -> str:
+    """File of a layer's statistics in a variant's folder."""
+    return f"layer-{layer_index:05d}.safetensors"
+
+
+def _open_index(folder: Path, first: Checkpoint) -> CalibrationIndex:
+    """The index that is there, or one without variants."""
+    index = CalibrationIndex(
+        family=first.family.model_type,
+        num_slots=first.num_experts,
+        hidden_size=int(first.settings["hidden_size"] or 0),
+        layers=[layer.index for layer in first.routed_layers],
+        variants={},
+    )
+    if not folder.exists():
+        folder.mkdir(parents=True)
+    if (folder / INDEX).is_file():
+        there = open_calibration(folder).index
+        if there.model_copy(update={"variants": {}}) != index:
+            raise IncompatibleInputs(
+                f"{folder}: holds a calibration of {there.family} with {len(there.layers)} routed layers of "
+                f"{there.num_slots} experts, which these variants are not. Choose another folder"
+            )
+        return there
+    if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InvalidRecipe(f"{folder} exists and is not a calibration; choose another output")
+    return index
+
+
+def _describe(checkpoint: Checkpoint, text: Text, options: CalibrationOptions) -> VariantCalibration:
+    """The entry of a variant, but for what is measured."""
+    with TensorReader() as reader:
+        weights = fingerprint(checkpoint, reader)
+    return VariantCalibration(
+        fingerprint=weights,
+        text_sha256=text.sha256,
+        num_tokens=text.num_tokens,
+        num_passages=len(text.passages),
+        max_tokens=options.num_tokens,
+        reservoir=options.reservoir,
+        seed=options.seed,
+        dtype=options.dtype,
+        nll=0.0,
+        moemerge=__version__,
+    )
+
+
+def _is_there(folder: Path, name: str, entry: VariantCalibration, index: CalibrationIndex) -> bool:
+    """Whether the same was calibrated before, and its files are there."""
+    there = index.variants.get(name)
+    measured = {"nll", "base_nll_excess", "moemerge"}
+    if there is None or there.model_dump(exclude=measured) != entry.model_dump(exclude=measured):
+        return False
+    return all((folder / name / layer_file(layer)).is_file() for layer in index.layers)
+
+
+@contextmanager
+def _replacing(folder: Path, name: str, index: CalibrationIndex) -> Iterator[Path]:
+    """A folder that takes the place of a variant's at the end; the index never tells of a half one."""
+    place = folder / f".{name}.building"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    try:
+        yield place
+        others = {other: entry for other, entry in index.variants.items() if other != name}
+        if name in index.variants:
+            write_text(folder / INDEX, _dump(index.model_copy(update={"variants": others})))
+        shutil.rmtree(folder / name, ignore_errors=True)
+        place.replace(folder / name)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def _write_layers(
+    checkpoint: Checkpoint,
+    passages: Sequence[Passage],
+    place: Path,
+    options: CalibrationOptions,
+    progress: Progress | None,
+    name: str,
+) -> list[float]:
+    """Statistics of every layer into `place`; those of several passes are added there."""
+
+    def keep(layer_index: int, layer: LayerStatistics) -> None:
+        path = place / layer_file(layer_index)
+        if path.exists():
+            before = layer_of_tensors(map_tensors(path), options.reservoir)
+            before.add(layer)
+            layer = before
+        tensors = [memory_tensor(key, tensor) for key, tensor in layer_tensors(layer).items()]
+        write_tensors(path, tensors, {"format": "pt"})
+
+    return calibrate_variant(checkpoint, passages, keep, options, progress, f"calibrating {name}")
+
+
+def _folder_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:
+    """What a variant's files take, and one of them a second time while it is written anew."""
+    width = int(checkpoint.settings["hidden_size"] or 0)
+    slot = 4 * width * width + options.reservoir * (2 * width + 12)
+    return (len(checkpoint.routed_layers) + 1) * checkpoint.num_experts * slot
+
+
+def _compare(
+    base: Checkpoint,
+    passages: Sequence[Passage],
+    nll: Sequence[float],
+    options: CalibrationOptions,
+    progress: Progress | None,
+    name: str,
+) -> float | None:
+    """Mean log-likelihood of the base minus the variant's, on passages spread over the text."""
+    step = -(-sum(passage.num_tokens for passage in passages) // _COMPARED_TOKENS)
+    chosen = list(passages[::step])
+    vocab_size = int(base.settings["vocab_size"] or 0)
+    if any(max((*passage.token_ids, *passage.target_ids)) >= vocab_size for passage in chosen):
+        return None
+    of_base = measure_nll(base, chosen, options, progress, f"base on {name}'s text")
+    return mean_nll(of_base, chosen) - mean_nll(nll[::step], chosen)
+
+
+def _judge(name: str, entry: VariantCalibration, text: Text) -> list[Finding]:
+    if entry.base_nll_excess is None or entry.base_nll_excess >= 0:
+        return []
+    return [
+        Finding(
+            level="warning",
+            code="TEXT_OF_ANOTHER_KIND",
+            where=f"variant {name}, {text.path}",
+            found=f"the base predicts it better, by {-entry.base_nll_excess:.3f} nats a token",
+            expected="text of the kind and language that the variant was tuned on",
+        )
+    ]
+
+
+def _dump(index: CalibrationIndex) -> str:
+    return index.model_dump_json(indent=1, by_alias=True) + "\n"

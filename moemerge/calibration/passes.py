@@ -1,0 +1,275 @@
+"""One variant over its text: as many tokens at once as memory allows, its weights read once for each pass.
+
+Shapes: T tokens, D model width, W tokens whose successor is known, Vo vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moemerge.calibration.streaming import (
+    EXPERT_ROWS,
+    KeepLayer,
+    Source,
+    StreamedCross,
+    StreamedExperts,
+    StreamedWeights,
+)
+from moemerge.calibration.texts import Passage
+from moemerge.checkpoint.checkpoint import Checkpoint
+from moemerge.checkpoint.sizes import format_size
+from moemerge.checkpoint.tensors import TensorReader
+from moemerge.errors import InvalidRecipe, NotEnoughRoom
+from moemerge.models import Decoder, EncoderDecoder, OneVariant, build_batch, build_model
+from moemerge.progress import Progress, Silent
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The interpreter with torch and everything else that does not grow with the work.
+_FIXED_BYTES = 400 * 2**20
+# Of the free memory, when no limit is given.
+_FREE_SHARE = 0.7
+_LOGIT_ENTRIES = 2**23
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions:
+    """How a text is computed and what is kept of it.
+
+    Attributes:
+        num_tokens: Most tokens of a variant's text that are used.
+        reservoir: Tokens to keep a sample of, per slot.
+        seed: Of the sample.
+        dtype: Of the computation, a key of `DTYPES`; sums are float32 whatever it is.
+        max_ram: Bytes of memory to stay within; None for most of what is free.
+    """
+
+    num_tokens: int = 65536
+    reservoir: int = 1024
+    seed: int = 0
+    dtype: str = "float32"
+    max_ram: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            InvalidRecipe: A value that cannot be right.
+        """
+        if self.num_tokens < 1 or self.reservoir < 1 or self.seed < 0:
+            raise InvalidRecipe("calibration needs at least one token, a reservoir, and a seed from 0 on")
+        if self.dtype not in DTYPES:
+            raise InvalidRecipe(f"dtype {self.dtype!r}: expected {' or '.join(DTYPES)}")
+
+
+def calibrate_variant(
+    checkpoint: Checkpoint,
+    passages: Sequence[Passage],
+    keep: KeepLayer,
+    options: CalibrationOptions | None = None,
+    progress: Progress | None = None,
+    title: str = "calibrating",
+) -> list[float]:
+    """Run a variant over its text and hand out what each routed layer has counted.
+
+    Args:
+        checkpoint: Local.
+        passages: Its text, in its own tokens.
+        keep: Told each layer's statistics, once in every pass over a part of the text: they are to be added
+            with `LayerStatistics.add`, and with enough memory there is a single pass.
+        options: See there; the number of tokens is that of the passages.
+        progress: Told of the bytes of weights whose work is done.
+        title: What progress calls it.
+
+    Returns:
+        Negative log-likelihood in nats of each passage, summed over the tokens it predicts.
+
+    Raises:
+        NotEnoughRoom: Not even one passage fits into memory.
+        DamagedInput: A weight is not finite, or a file changed.
+    """
+    options = options or CalibrationOptions()
+    limit = pass_tokens(checkpoint, passages, options)
+    passes = list(_cut(passages, limit))
+    report = progress or Silent()
+    # What a head asks for again is not told.
+    report.start(title, len(passes) * (checkpoint.expert_bytes + checkpoint.other_bytes))
+    keys = _draw_keys(passages, options.seed)
+    nll: list[float] = []
+    with TensorReader() as reader:
+        source = Source(checkpoint, reader, DTYPES[options.dtype], report.advance)
+        for first, last in passes:
+            part = passages[first:last]
+            own_keys = {stack: torch.cat(drawn[first:last]) for stack, drawn in keys.items()}
+            nll += _run(source, part, own_keys, options.reservoir, keep)
+    return nll
+
+
+def measure_nll(
+    checkpoint: Checkpoint,
+    passages: Sequence[Passage],
+    options: CalibrationOptions,
+    progress: Progress | None = None,
+    title: str = "measuring",
+) -> list[float]:
+    """As `calibrate_variant`, but for nothing but the log-likelihood."""
+    limit = pass_tokens(checkpoint, passages, options)
+    passes = list(_cut(passages, limit))
+    report = progress or Silent()
+    report.start(title, len(passes) * (checkpoint.expert_bytes + checkpoint.other_bytes))
+    nll: list[float] = []
+    with TensorReader() as reader:
+        source = Source(checkpoint, reader, DTYPES[options.dtype], report.advance)
+        for first, last in passes:
+            nll += _run(source, passages[first:last], {}, 0, None)
+    return nll
+
+
+def num_predicted(passage: Passage) -> int:
+    """Tokens of a passage that the model predicts: those of the answer, or all but the window's first."""
+    return len(passage.target_ids) or len(passage.token_ids) - 1
+
+
+def mean_nll(nll: Sequence[float], passages: Sequence[Passage]) -> float:
+    """Mean over predicted tokens, in nats."""
+    return sum(nll) / max(1, sum(map(num_predicted, passages)))
+
+
+def pass_tokens(checkpoint: Checkpoint, passages: Sequence[Passage], options: CalibrationOptions) -> int:
+    """Tokens that may be computed at once.
+
+    Raises:
+        NotEnoughRoom: Fewer than the longest passage has.
+    """
+    longest = max(passage.num_tokens for passage in passages)
+    fixed = _FIXED_BYTES + _weight_bytes(checkpoint, options) + _kept_bytes(checkpoint, options)
+    each = _token_bytes(checkpoint, longest, options)
+    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    limit = min(options.max_ram or int(_FREE_SHARE * available), available)
+    fitting = max(0, limit - fixed) // each
+    if fitting < longest:
+        limited_by = "--max-ram allows" if options.max_ram else "free are"
+        raise NotEnoughRoom(
+            f"{checkpoint.label}: calibrating needs {format_size(fixed + each * longest)} of memory for one "
+            f"passage; {limited_by} {format_size(limit)}"
+        )
+    return fitting
+
+
+def _weight_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:
+    """The largest tensor or expert, as it is stored and as it is computed with, and an expert's rows."""
+    itemsize = DTYPES[options.dtype].itemsize
+    other = max(t.nbytes + itemsize * t.num_elements for t in checkpoint.tensors.values())
+    parts = next(iter(checkpoint.experts.values())).values()
+    expert = sum(itemsize * part.num_elements for part in parts) + max(part.nbytes for part in parts)
+    settings = checkpoint.settings
+    widths = 3 * int(settings["expert_size"] or 0) + 6 * int(settings["hidden_size"] or 0)
+    return max(other + 12 * _LOGIT_ENTRIES, expert + 4 * EXPERT_ROWS * widths)
+
+
+def _kept_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:
+    """Statistics of a layer, twice, for they are added to those of the passes before."""
+    width = int(checkpoint.settings["hidden_size"] or 0)
+    return 2 * checkpoint.num_experts * width * (4 * width + 2 * options.reservoir)
+
+
+def _token_bytes(checkpoint: Checkpoint, longest: int, options: CalibrationOptions) -> int:
+    """What one more token takes between the layers and in attention."""
+    settings = checkpoint.settings
+    width = int(settings["hidden_size"] or 0)
+    num_heads, head_size = int(settings["num_heads"] or 0), int(settings["head_size"] or 0)
+    entries = 4 * width + 10 * num_heads * head_size
+    if checkpoint.family.arithmetic == "encoder_decoder":
+        # Relative positions make masks: scores, the mask, and what both are made from.
+        entries += num_heads * (4 * longest + int(settings["position_buckets"] or 0)) + 3 * longest
+    elif settings["sliding_window"]:
+        entries += 6 * longest
+    return entries * max(4, DTYPES[options.dtype].itemsize)
+
+
+def _cut(passages: Sequence[Passage], limit: int) -> Iterator[tuple[int, int]]:
+    """First and last, exclusive, of the passages of each pass."""
+    bounds, tokens = [0], 0
+    for number, passage in enumerate(passages):
+        if tokens and tokens + passage.num_tokens > limit:
+            bounds.append(number)
+            tokens = 0
+        tokens += passage.num_tokens
+    yield from pairwise([*bounds, len(passages)])
+
+
+def _draw_keys(passages: Sequence[Passage], seed: int) -> dict[str, list[Tensor]]:
+    """A random number for every token that a stack sees, by passage; passes do not change it."""
+    generator = torch.Generator().manual_seed(seed)
+    has_targets = any(passage.target_ids for passage in passages)
+    lengths = {"decoder": [len(p.target_ids if has_targets else p.token_ids) for p in passages]}
+    if has_targets:
+        lengths["encoder"] = [len(passage.token_ids) for passage in passages]
+    return {
+        stack: list(torch.rand(sum(own), generator=generator, dtype=torch.float64).split(own))
+        for stack, own in lengths.items()
+    }
+
+
+def _run(
+    source: Source,
+    passages: Sequence[Passage],
+    keys: dict[str, Tensor],
+    reservoir: int,
+    keep: KeepLayer | None,
+) -> list[float]:
+    """One pass; the log-likelihood of each passage."""
+    checkpoint = source.checkpoint
+    model = build_model(checkpoint.family.arithmetic, checkpoint.settings)
+    weights = StreamedWeights(source)
+    experts = StreamedExperts(source, model.config.activation, keys, reservoir, keep)
+    if isinstance(model, Decoder):
+        hidden_TD = model.forward(build_batch([p.token_ids for p in passages]), weights, experts)
+        labels = [[*passage.token_ids[1:], _NO_LABEL] for passage in passages]
+    else:
+        hidden_TD = _answer(model, passages, weights, experts)
+        labels = [list(passage.target_ids) for passage in passages]
+    return _nll(model, hidden_TD, labels, source)
+
+
+def _answer(
+    model: EncoderDecoder, passages: Sequence[Passage], weights: StreamedWeights, experts: StreamedExperts
+) -> Tensor:
+    """The decoder's hidden states while it is told the answer, no token of which is ever dropped.
+
+    Serving decodes token by token, where capacity never binds; see `EncoderDecoder`.
+    """
+    batch = build_batch([passage.token_ids for passage in passages])
+    encoded_TD = model.encode(batch, weights, experts)
+    start = model.config.start_token_id
+    answers = build_batch([[start, *passage.target_ids[:-1]] for passage in passages])
+    cross = StreamedCross(model, encoded_TD, batch, weights)
+    lengths = [len(passage.token_ids) for passage in passages]
+    return model.decode(answers, weights, experts, None, cross, lengths)
+
+
+_NO_LABEL = -100
+
+
+def _nll(
+    model: Decoder | EncoderDecoder, hidden_TD: Tensor, labels: Sequence[Sequence[int]], source: Source
+) -> list[float]:
+    """Summed over each passage's labels; the head is read once and applied to a few tokens at a time."""
+    tensors = source.checkpoint.tensors
+    roles = ("decoder.final_norm", "head" if "head" in tensors else "embedding")
+    weights = OneVariant({role: source.stored(role).to(hidden_TD.dtype) for role in roles})
+    source.done({role: tensors[role] for role in roles if role != "embedding"})
+    label_T = torch.tensor([label for own in labels for label in own])
+    rows = max(1, _LOGIT_ENTRIES // tensors[roles[1]].shape[0])
+    losses = [
+        functional.cross_entropy(
+            model.logits(hidden, weights).float(), label, ignore_index=_NO_LABEL, reduction="none"
+        )
+        for hidden, label in zip(hidden_TD.split(rows), label_T.split(rows), strict=True)
+    ]
+    each = torch.cat(losses).double().split([len(own) for own in labels])
+    return [float(own.sum()) for own in each]

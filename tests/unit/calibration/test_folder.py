@@ -1,0 +1,173 @@
+"""Calibrations on disk: additive, resumable, and refused for other weights."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from moemerge.calibration import folder as module
+from moemerge.calibration import passes
+from moemerge.calibration.folder import INDEX, calibrate, layer_file, open_calibration
+from moemerge.calibration.passes import CalibrationOptions
+from moemerge.checkpoint.variants import open_variants
+from moemerge.errors import (
+    DamagedInput,
+    IncompatibleInputs,
+    InvalidRecipe,
+    NotFound,
+    UnsupportedCheckpoint,
+)
+from moemerge.refs import FolderRef
+from tests.e2e.program import tree
+from tests.factories import edit_json, truncate, write_checkpoint, write_siblings
+
+OPTIONS = CalibrationOptions(num_tokens=512, reservoir=16)
+
+
+@pytest.fixture(scope="module")
+def siblings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("siblings")
+    base, tunes = write_siblings(folder)
+    for name, text in (("code", "def f(x): "), ("law", "whereas, ")):
+        (folder / f"{name}.txt").write_text(text * 100)
+    return SimpleNamespace(folder=folder, base=base, tunes=tunes)
+
+
+def variants_of(siblings, *names, base=False):
+    sources = {name: FolderRef(siblings.tunes[name]) for name in names}
+    return open_variants(sources, FolderRef(siblings.base) if base else None)
+
+
+def run(siblings, out, *names, base=False, options=OPTIONS):
+    paths = {name: siblings.folder / f"{name}.txt" for name in names}
+    return calibrate(variants_of(siblings, *names, base=base), paths, out, options)
+
+
+@pytest.fixture(scope="module")
+def both(siblings, tmp_path_factory):
+    return run(siblings, tmp_path_factory.mktemp("both") / "calibration", "code", "law").calibration
+
+
+def test_layers_come_back_as_they_were_counted(both):
+    index = both.index
+    assert list(index.variants) == ["code", "law"]
+    assert both.index == open_calibration(both.folder).index
+    for name in index.variants:
+        for layer_index in index.layers:
+            layer = both.layer(name, layer_index)
+            assert layer.num_tokens == index.variants[name].num_tokens == 512
+            assert sum(slot.count for slot in layer.slots) == 1024
+
+
+def test_variants_one_after_the_other_give_the_bytes_of_both(both, siblings, tmp_path):
+    run(siblings, tmp_path / "one", "code")
+    before = tree(tmp_path / "one" / "code")
+    done = run(siblings, tmp_path / "one", "law")
+    assert done.reused == ()
+    assert tree(tmp_path / "one" / "code") == before
+    assert tree(tmp_path / "one") == tree(both.folder)
+
+
+def test_finished_variant_is_not_run_again(siblings, tmp_path, monkeypatch):
+    run(siblings, tmp_path / "out", "code")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "calibrate_variant", lambda *_: pytest.fail("was run again"))
+        done = run(siblings, tmp_path / "out", "code")
+    assert done.reused == ("code",)
+    other = CalibrationOptions(num_tokens=384, reservoir=16)
+    assert run(siblings, tmp_path / "out", "code", options=other).reused == ()
+    shutil.copy(siblings.folder / "law.txt", tmp_path / "code.txt")
+    paths = {"code": tmp_path / "code.txt"}
+    assert calibrate(variants_of(siblings, "code"), paths, tmp_path / "out", other).reused == ()
+
+
+def test_interrupted_run_keeps_finished_variants(siblings, both, tmp_path, monkeypatch):
+    real = module.calibrate_variant
+
+    def fail_on_law(checkpoint, *arguments):
+        real(checkpoint, *arguments)
+        if checkpoint.label.endswith("law"):
+            raise KeyboardInterrupt
+        return [0.0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "calibrate_variant", fail_on_law)
+        with pytest.raises(KeyboardInterrupt):
+            run(siblings, tmp_path / "out", "code", "law")
+    assert list(open_calibration(tmp_path / "out").index.variants) == ["code"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [INDEX, "code"]
+    assert run(siblings, tmp_path / "out", "code", "law").reused == ("code",)
+    assert tree(tmp_path / "out" / "law") == tree(both.folder / "law")
+
+
+def test_several_passes_are_added_on_disk(siblings, both, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "pass_tokens", lambda *_: 200)
+    parts = run(siblings, tmp_path / "out", "code").calibration
+    for index in both.index.layers:
+        layer, other = both.layer("code", index), parts.layer("code", index)
+        assert layer.num_tokens == other.num_tokens
+        for slot, same in zip(layer.slots, other.slots, strict=True):
+            assert slot.count == same.count
+            assert slot.keys_S.equal(same.keys_S)
+
+
+def test_base_tells_whether_a_text_suits(siblings, tmp_path):
+    done = run(siblings, tmp_path / "out", "code", "law", base=True)
+    told = {finding.where.split(",")[0] for finding in done.findings}
+    for name, entry in done.calibration.index.variants.items():
+        assert (f"variant {name}" in told) == (entry.base_nll_excess < 0)
+
+
+def test_text_of_another_language_is_told(siblings, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "measure_nll", lambda base, passages, *_: [0.0] * len(passages))
+    (finding,) = run(siblings, tmp_path / "out", "code", base=True).findings
+    assert finding.level == "warning"
+    assert "the base predicts it better" in str(finding)
+
+
+def test_weights_and_variants_must_be_those_calibrated(siblings, both, tmp_path):
+    both.check(variants_of(siblings, "law"))
+    other = write_checkpoint(tmp_path / "other", base=siblings.base, noise=0.1, seed=9)
+    with pytest.raises(IncompatibleInputs, match="other weights than those given: code"):
+        both.check(open_variants({"code": FolderRef(other)}))
+    with pytest.raises(InvalidRecipe, match="not calibrated: novel"):
+        both.check(open_variants({"novel": FolderRef(other)}))
+    with pytest.raises(InvalidRecipe, match="not calibrated"):
+        both.layer("novel", 0)
+
+
+def test_folder_of_another_geometry_or_kind_is_refused(siblings, both, tmp_path):
+    wide = write_checkpoint(tmp_path / "wide", settings={"num_experts": 8})
+    paths = {"code": siblings.folder / "code.txt"}
+    with pytest.raises(IncompatibleInputs, match="Choose another folder"):
+        calibrate(open_variants({"code": FolderRef(wide)}), paths, both.folder, OPTIONS)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    with pytest.raises(InvalidRecipe, match="not a calibration"):
+        run(siblings, tmp_path / "full", "code")
+
+
+def test_damage_is_told(both, tmp_path):
+    copy = tmp_path / "copy"
+    with pytest.raises(NotFound):
+        open_calibration(copy)
+    shutil.copytree(both.folder, copy)
+    truncate(copy / "code" / layer_file(0), -10)
+    with pytest.raises(DamagedInput):
+        open_calibration(copy).layer("code", 0)
+    (copy / "law" / layer_file(1)).unlink()
+    with pytest.raises(NotFound):
+        open_calibration(copy).layer("law", 1)
+    edit_json(copy / INDEX, num_slots=5)
+    with pytest.raises(DamagedInput, match="another geometry"):
+        open_calibration(copy).layer("law", 0)
+    edit_json(copy / INDEX, schema="moemerge/calibration@2")
+    with pytest.raises(UnsupportedCheckpoint, match="@2"):
+        open_calibration(copy)
+    (copy / INDEX).write_text(json.dumps({"variants": 3}))
+    with pytest.raises(DamagedInput):
+        open_calibration(copy)
+    (copy / INDEX).unlink()
+    with pytest.raises(UnsupportedCheckpoint, match="not a calibration"):
+        open_calibration(copy)
