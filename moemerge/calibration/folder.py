@@ -54,6 +54,7 @@ class VariantCalibration(BaseModel):
         num_tokens: Tokens that were used.
         num_passages: Windows, or rows of input and target.
         max_tokens: Tokens that were asked for.
+        window: Tokens of a window that were asked for.
         reservoir: Tokens sampled per slot.
         seed: Of the sample.
         dtype: Of the computation.
@@ -68,6 +69,7 @@ class VariantCalibration(BaseModel):
     num_tokens: int = Field(gt=0)
     num_passages: int = Field(gt=0)
     max_tokens: int = Field(gt=0)
+    window: int = Field(gt=0)
     reservoir: int = Field(gt=0)
     seed: int
     dtype: str
@@ -178,7 +180,7 @@ def calibrate(
         Busy: Another process writes the same folder.
     """
     options = options or CalibrationOptions()
-    texts = load_texts(variants.variants, paths, options.num_tokens)
+    texts = load_texts(variants.variants, paths, options.num_tokens, options.window)
     reused, findings = [], []
     with writing(folder), locked(folder):
         index = _open_index(folder, variants.first)
@@ -262,6 +264,7 @@ def _describe(checkpoint: Checkpoint, text: Text, options: CalibrationOptions) -
         num_tokens=text.num_tokens,
         num_passages=len(text.passages),
         max_tokens=options.num_tokens,
+        window=options.window,
         reservoir=options.reservoir,
         seed=options.seed,
         dtype=options.dtype,

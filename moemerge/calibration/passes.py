@@ -20,7 +20,7 @@ from moemerge.calibration.streaming import (
     StreamedExperts,
     StreamedWeights,
 )
-from moemerge.calibration.texts import Passage
+from moemerge.calibration.texts import WINDOW_TOKENS, Passage
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.sizes import format_size
 from moemerge.checkpoint.tensors import TensorReader
@@ -42,6 +42,7 @@ class CalibrationOptions:
 
     Attributes:
         num_tokens: Most tokens of a variant's text that are used.
+        window: Tokens of running text that are computed as one; best as many as the variants were tuned on.
         reservoir: Tokens to keep a sample of, per slot.
         seed: Of the sample.
         dtype: Of the computation, a key of `DTYPES`; sums are float32 whatever it is.
@@ -49,6 +50,7 @@ class CalibrationOptions:
     """
 
     num_tokens: int = 65536
+    window: int = WINDOW_TOKENS
     reservoir: int = 1024
     seed: int = 0
     dtype: str = "float32"
@@ -60,8 +62,10 @@ class CalibrationOptions:
         Raises:
             InvalidRecipe: A value that cannot be right.
         """
-        if self.num_tokens < 1 or self.reservoir < 1 or self.seed < 0:
-            raise InvalidRecipe("calibration needs at least one token, a reservoir, and a seed from 0 on")
+        if self.num_tokens < 1 or self.window < 2 or self.reservoir < 1 or self.seed < 0:
+            raise InvalidRecipe(
+                "calibration needs at least a token, windows of two, a reservoir of one, and a seed of 0"
+            )
         if self.dtype not in DTYPES:
             raise InvalidRecipe(f"dtype {self.dtype!r}: expected {' or '.join(DTYPES)}")
 
@@ -210,7 +214,7 @@ def _draw_keys(passages: Sequence[Passage], seed: int) -> dict[str, list[Tensor]
     if has_targets:
         lengths["encoder"] = [len(passage.token_ids) for passage in passages]
     return {
-        stack: list(torch.rand(sum(own), generator=generator, dtype=torch.float64).split(own))
+        stack: list(torch.split(torch.rand(sum(own), generator=generator, dtype=torch.float64), own))
         for stack, own in lengths.items()
     }
 
@@ -269,7 +273,7 @@ def _nll(
         functional.cross_entropy(
             model.logits(hidden, weights).float(), label, ignore_index=_NO_LABEL, reduction="none"
         )
-        for hidden, label in zip(hidden_TD.split(rows), label_T.split(rows), strict=True)
+        for hidden, label in zip(torch.split(hidden_TD, rows), torch.split(label_T, rows), strict=True)
     ]
-    each = torch.cat(losses).double().split([len(own) for own in labels])
+    each = torch.split(torch.cat(losses).double(), [len(own) for own in labels])
     return [float(own.sum()) for own in each]

@@ -148,7 +148,8 @@ class StreamedExperts:
             if len(token_C):
                 expert = PlainPoolLayer([self._source.expert(layer_index, slot)], self._activation)
                 gates_C = route.gates_TK[token_C, choice_C]
-                for tokens, gates in zip(token_C.split(EXPERT_ROWS), gates_C.split(EXPERT_ROWS), strict=True):
+                pieces = torch.split(token_C, EXPERT_ROWS), torch.split(gates_C, EXPERT_ROWS)
+                for tokens, gates in zip(*pieces, strict=True):
                     inputs = hidden_TD[tokens]
                     outputs = expert.output(0, inputs).float()
                     output_TD.index_add_(0, tokens, outputs * gates.unsqueeze(1))

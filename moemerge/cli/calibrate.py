@@ -35,6 +35,10 @@ def calibrate(
     tokens: Annotated[
         int, typer.Option("--tokens", metavar="N", min=1, help="Most tokens of each text to use.")
     ] = 65536,
+    window: Annotated[
+        int,
+        typer.Option("--window", metavar="N", min=2, help="Tokens of a window: as many as in fine-tuning."),
+    ] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sample of tokens that is kept.")] = 0,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of the computation: float32, or bfloat16 where that is fast.")
@@ -61,7 +65,7 @@ def calibrate(
     from moemerge.cli.tables import print_table
 
     memory = parse_max_ram(max_ram)
-    options = CalibrationOptions(num_tokens=tokens, seed=seed, dtype=dtype, max_ram=memory)
+    options = CalibrationOptions(num_tokens=tokens, window=window, seed=seed, dtype=dtype, max_ram=memory)
     paths = parse_texts(text)
     with show_progress(quiet=quiet) as progress:
         variants = open_sources(

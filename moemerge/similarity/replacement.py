@@ -45,6 +45,6 @@ def replacement_error_of(
 ) -> float:
     """`gated_replacement_error` of `other` in place of `expert`, computed on so many tokens at a time."""
     total = 0.0
-    for inputs, gates in zip(inputs_SD.split(rows), gates_S.split(rows), strict=True):
+    for inputs, gates in zip(torch.split(inputs_SD, rows), torch.split(gates_S, rows), strict=True):
         total += len(gates) * gated_replacement_error(gates, expert(inputs), other(inputs))
     return total / len(gates_S) if len(gates_S) else 0.0

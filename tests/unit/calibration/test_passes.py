@@ -202,7 +202,9 @@ def test_infinite_weights_are_refused_by_layer(tmp_path):
         calibrate(broken)
 
 
-@pytest.mark.parametrize("wrong", [{"num_tokens": 0}, {"reservoir": 0}, {"seed": -1}, {"dtype": "int8"}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_tokens": 0}, {"reservoir": 0}, {"window": 1}, {"seed": -1}, {"dtype": "int8"}]
+)
 def test_options_that_cannot_be_right_are_refused(wrong):
     with pytest.raises(InvalidRecipe):
         CalibrationOptions(**wrong)

@@ -34,6 +34,7 @@ def test_text_is_cut_into_windows_of_the_context(decoder, tmp_path):
     text = load_text(decoder, path, 500)
     assert [len(passage.token_ids) for passage in text.passages] == [128, 128, 128]
     assert text.num_tokens == 384
+    assert [len(passage.token_ids) for passage in load_text(decoder, path, 100, 40).passages] == [40, 40]
     assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
