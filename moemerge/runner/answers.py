@@ -1,6 +1,7 @@
 """From logits to tokens, and from tokens to outputs and figures."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 
 from moemerge.runner.forward import VariantLogits, Wanted
@@ -9,6 +10,7 @@ from moemerge.runner.request import FinishReason, Output, Timing
 from moemerge.runner.sampling import Chosen, choose_tokens, prompt_logprobs
 from moemerge.runner.scheduler import Scheduler
 from moemerge.runner.sequence import Sequence
+from moemerge.runner.weights import Swap
 
 
 class Answers:
@@ -16,7 +18,7 @@ class Answers:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.sequences: dict[str, Sequence] = {}
-        self.figures: dict[str, VariantFigures] = {}
+        self.figures: defaultdict[str, VariantFigures] = defaultdict(VariantFigures)
         self._scheduler = scheduler
         self._untold: list[Output] = []
 
@@ -82,6 +84,30 @@ class Answers:
             swap_wait_s=sequence.stall_s,
         )
         self._tell(sequence, last, finish=reason, error=error, timing=timing)
+
+    def end_all(self, reason: FinishReason, error: str, *, variant: str | None = None) -> None:
+        """All requests have come to their end, or all of one variant."""
+        for sequence in list(self.sequences.values()):
+            if variant in (None, sequence.variant):
+                self.end(sequence, reason, error=error)
+
+    def note_preempted(self, sequences: Iterable[Sequence]) -> None:
+        """Running sequences have lost their blocks."""
+        for sequence in sequences:
+            self.figures[sequence.variant].preemptions += 1
+
+    def note_swap(self, swap: Swap, absent_since_s: float) -> None:
+        """A variant is resident; those who waited for it have waited since it was absent, or they came."""
+        figures = self.figures[swap.variant]
+        figures.swaps += 1
+        figures.swap_bytes += swap.moved_bytes
+        figures.swap_seconds += swap.seconds
+        now_s = time.perf_counter()
+        for sequence in self._scheduler.sequences():
+            if sequence.variant == swap.variant:
+                waited_s = now_s - max(sequence.queued_s, absent_since_s)
+                sequence.stall_s += waited_s
+                figures.stall_s += waited_s
 
     def _accept(self, sequence: Sequence, choice: Chosen, now_s: float) -> None:
         request, figures = sequence.request, self.figures[sequence.variant]

@@ -6,7 +6,7 @@ Knows nothing of how they are shown; the server turns a `Snapshot` into Promethe
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 LATENCY_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -83,6 +83,17 @@ class StepFigures:
     mixed: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+    def add(self, *, num_variants: int, num_tokens: int, seconds: float) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.mixed += num_variants > 1
+        self.tokens += num_tokens
+        self.seconds += seconds
+
+    def copy(self) -> "StepFigures":
+        """Figures that later steps leave alone."""
+        return replace(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

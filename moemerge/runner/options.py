@@ -1,26 +1,20 @@
-"""How an engine runs: its options, and how they divide the device's memory."""
+"""How an engine runs: its options, and what they name."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 
 from moemerge.bundle.reader import Bundle
-from moemerge.checkpoint.sizes import format_size, parse_size
+from moemerge.checkpoint.sizes import parse_size
 from moemerge.checkpoint.tensors import torch_dtype
-from moemerge.errors import InvalidRecipe, NotEnoughRoom
-from moemerge.runner.cache import CacheGeometry
-from moemerge.runner.pool import pool_bytes
+from moemerge.errors import InvalidRecipe
+from moemerge.runner.limits import Limits
+from moemerge.runner.policies import Policy
 from moemerge.runner.residency import Patience
-from moemerge.runner.scheduler import Limits, Policy
 from moemerge.runner.weights import WeightStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CACHE_SHARE = 1 / 8
-"""Of the memory there is, what the key/value cache takes when nothing is said."""
-_CUDA_SHARE = 0.9
-"""Of the free memory of a CUDA device, what the engine plans with; the rest is for activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,69 +141,6 @@ def parse_resident(text: str) -> ResidentLimit:
         return ResidentLimit(nbytes=parse_size(text))
     except InvalidRecipe as error:
         raise InvalidRecipe(f"resident is {text!r}, expected all, a number of variants, or a size") from error
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """How device memory is divided.
-
-    Attributes:
-        num_blocks: Of the key/value cache.
-        pool_bytes: For pool experts; None when the whole pool is to be held.
-        resident_bytes: For residents; None when nothing limits them.
-    """
-
-    num_blocks: int
-    pool_bytes: int | None = None
-    resident_bytes: int | None = None
-
-
-def plan_memory(
-    options: EngineOptions,
-    bundle: Bundle,
-    store: WeightStore,
-    geometry: CacheGeometry,
-    *,
-    resident: ResidentLimit,
-    variants: Collection[str],
-    context_tokens: int | None,
-) -> MemoryPlan:
-    """Divide the device's memory: residents first, then the cache, and what is left for pool experts.
-
-    Raises:
-        NotEnoughRoom: The memory does not hold residents and a cache.
-    """
-    memory = options.device_memory
-    if memory is None and store.device.type == "cuda":
-        memory = int(torch.cuda.mem_get_info(store.device)[0] * _CUDA_SHARE)
-    resident_bytes = resident.most_bytes(variants, store)
-    block_bytes = geometry.block_bytes(store.dtype)
-    cache_bytes = options.cache_memory
-    if cache_bytes is None:
-        available = psutil.virtual_memory().available if memory is None else memory
-        full = options.max_batch * (-(-(context_tokens or 4096) // options.block_tokens)) * block_bytes
-        cache_bytes = min(full, max(int(available * _CACHE_SHARE), block_bytes))
-    elif memory is None and cache_bytes > psutil.virtual_memory().available:
-        raise NotEnoughRoom(
-            f"the key/value cache is to take {format_size(cache_bytes)}, more memory than is free"
-        )
-    num_blocks = cache_bytes // block_bytes
-    if num_blocks < 1:
-        raise NotEnoughRoom(
-            f"the key/value cache has {format_size(cache_bytes)}, one block of {options.block_tokens} tokens "
-            f"takes {format_size(block_bytes)}"
-        )
-    if memory is None:
-        return MemoryPlan(num_blocks)
-    left = memory - resident_bytes - num_blocks * block_bytes
-    if left <= 0:
-        raise NotEnoughRoom(
-            f"device memory of {format_size(memory)} does not hold the resident variants "
-            f"({format_size(resident_bytes)}) and the key/value cache "
-            f"({format_size(num_blocks * block_bytes)}). Give more, or fewer residents"
-        )
-    fits = left >= pool_bytes(bundle, store.dtype)
-    return MemoryPlan(num_blocks, None if fits else left, resident_bytes)
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,71 +1,21 @@
 """Whose tokens the next step computes: a state machine fed by events, without tensors and clocks.
 
-`submit`, `remove` and `computed` tell what happened, `plan` decides. Three policies:
-
-* `mixed`: every resident variant in every step.
-* `grouped`: one variant at a time, for a quantum, then the one that has waited longest.
-* `fcfs`: one variant at a time, strictly in order of arrival (the paper's mode).
-
-Between variants admission is fair by token counters (VTC, Sheng et al., OSDI 2024): the waiting variant
-with the least service for its share goes first, and one that comes back starts no lower than the least busy.
-A variant that waits and got nothing in for `max_wait_s` goes before all others; if it has nothing running, it
-takes the place of the most served variants' youngest sequences. No admission is in vain: but for want of
-blocks, a sequence is only preempted after it got a token more.
+`submit`, `remove` and `computed` tell what happened, `plan` decides: work for the running sequences, the
+oldest first, then for as many of the waiting ones as there is room for. `policies` say which variants share
+a step, `fairness` who is let in next. A variant that has waited too long and has nothing running takes the
+place of the most served variants' youngest sequences. No admission is in vain: but for want of blocks, a
+sequence is only preempted after it got a token more.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
-from moemerge.errors import InvalidRecipe
 from moemerge.runner.blocks import BlockPool
+from moemerge.runner.fairness import Fairness
+from moemerge.runner.limits import Limits
+from moemerge.runner.policies import Policy, open_policy
 from moemerge.runner.sequence import Sequence, State
-
-OUTPUT_COST = 2.0
-"""Service that an answer's token counts for; a prompt's token counts 1 (the ratio of the VTC paper)."""
-
-
-class Policy(StrEnum):
-    """Which variants share a step."""
-
-    MIXED = "mixed"
-    GROUPED = "grouped"
-    FCFS = "fcfs"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a step and a wait may take.
-
-    Attributes:
-        max_batch: Sequences that run at once.
-        max_step_tokens: Tokens that a step computes; the first encoder input of a step may go beyond.
-        max_wait_s: Time without an admission after which a variant's first request goes before all others.
-        quantum_s: Time that `grouped` stays with a variant while others wait.
-        shares: Of the service, by variant; 1 for those not named.
-    """
-
-    max_batch: int = 64
-    max_step_tokens: int = 512
-    max_wait_s: float = 30.0
-    quantum_s: float = 0.5
-    shares: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.max_batch < 1:
-            raise InvalidRecipe(f"max batch is {self.max_batch}, expected at least 1")
-        if self.max_step_tokens < self.max_batch:
-            raise InvalidRecipe(
-                f"max step tokens is {self.max_step_tokens}, expected at least max batch, {self.max_batch}, "
-                f"so that every running sequence gets its next token"
-            )
-        for name, value in (("max wait", self.max_wait_s), ("quantum", self.quantum_s)):
-            if not 0 <= value < float("inf"):
-                raise InvalidRecipe(f"{name} is {value} seconds, expected 0 or more")
-        for variant, share in self.shares.items():
-            if not 0 < share < float("inf"):
-                raise InvalidRecipe(f"share of {variant} is {share}, expected more than 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +60,16 @@ class Scheduler:
     def __init__(self, blocks: BlockPool, limits: Limits, policy: Policy = Policy.MIXED) -> None:
         self.blocks = blocks
         self.limits = limits
-        self.policy = policy
         self.running: list[Sequence] = []
         self._waiting: dict[str, deque[Sequence]] = {}
-        self._served: dict[str, float] = {}
-        self._admitted_s: dict[str, float] = {}
-        self._turn: str | None = None
-        self._turn_since_s = 0.0
+        self._policy = open_policy(policy, limits.quantum_s)
+        self._fairness = Fairness(limits.shares, limits.max_wait_s)
 
     # Events
 
     def submit(self, sequence: Sequence) -> None:
         """A sequence arrived."""
-        self._lift(sequence.variant)
+        self._fairness.arrived(sequence.variant, {s.variant for s in self.sequences()})
         self._waiting.setdefault(sequence.variant, deque()).append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -156,9 +103,11 @@ class Scheduler:
         for work in plan.work:
             sequence = work.sequence
             prompt_left = max(0, sequence.num_prompt - sequence.num_computed)
-            num_read = min(work.num_tokens, prompt_left) + (sequence.num_to_encode if work.encode else 0)
-            cost = num_read + OUTPUT_COST * max(0, work.num_tokens - prompt_left)
-            self._served[sequence.variant] += cost / self.limits.shares.get(sequence.variant, 1.0)
+            self._fairness.computed(
+                sequence.variant,
+                num_prompt=min(work.num_tokens, prompt_left) + (sequence.num_to_encode if work.encode else 0),
+                num_answer=max(0, work.num_tokens - prompt_left),
+            )
             sequence.num_computed += work.num_tokens
             sequence.is_encoded |= work.encode
 
@@ -181,13 +130,10 @@ class Scheduler:
 
     def demand(self) -> dict[str, Demand]:
         """What each variant with work asks for; under `fcfs` only the first in line waits."""
-        heads = [queue for queue in self._waiting.values() if queue]
-        if self.policy is Policy.FCFS and heads:
-            heads = [min(heads, key=lambda queue: queue[0].number)]
-        demand = {
-            queue[0].variant: Demand(len(queue), min(sequence.queued_s for sequence in queue))
-            for queue in heads
-        }
+        demand = {}
+        for head in self._policy.in_line(self._heads()):
+            queue = self._waiting[head.variant]
+            demand[head.variant] = Demand(len(queue), min(sequence.queued_s for sequence in queue))
         for sequence in self.running:
             known = demand.get(sequence.variant, Demand())
             demand[sequence.variant] = Demand(
@@ -211,36 +157,17 @@ class Scheduler:
         """
         step = _Step(self.limits.max_step_tokens)
         left = set(resident)
-        while stepping := self._choose_variants(now_s, left):
+        while stepping := set(self._policy.choose(now_s, self.running, self._heads(), left)):
             opening = [variant for variant in stepping if variant in open_to]
             step.is_short_of_blocks = False
             self._make_room_for_overdue(now_s, opening, step)
             self._continue(stepping, step, now_s, is_prefill=False)
             self._continue(stepping, step, now_s, is_prefill=True)
             self._admit(stepping, opening, step, now_s)
-            if step.work or self.policy is not Policy.GROUPED:
+            if step.work:
                 break
-            left -= set(stepping)  # its turn, but no block is free for it
+            left -= stepping  # their turn, but no block is free for them
         return StepPlan(tuple(step.work), tuple(step.preempted))
-
-    def _choose_variants(self, now_s: float, resident: Collection[str]) -> Collection[str]:
-        if self.policy is Policy.MIXED:
-            return resident
-        if self.policy is Policy.FCFS:
-            first = min(self.running or self._heads(), key=lambda s: s.number, default=None)
-            return [first.variant] if first is not None and first.variant in resident else []
-        ready = {s.variant for s in (*self.running, *self._heads()) if s.variant in resident}
-        is_over = now_s - self._turn_since_s >= self.limits.quantum_s
-        if ready and (self._turn not in ready or (is_over and len(ready) > 1)):
-            self._turn, self._turn_since_s = self._next_turn(ready), now_s
-        return [self._turn] if self._turn in ready else []
-
-    def _next_turn(self, ready: set[str]) -> str:
-        """Of the variants that are ready the one whose work has waited longest, but for the last one."""
-        others = [s for s in (*self.running, *self._heads()) if s.variant in ready - {self._turn}]
-        if not others:
-            return next(iter(ready))
-        return min(others, key=lambda s: (s.last_token_s or s.queued_s, s.number)).variant
 
     def _continue(self, stepping: Collection[str], step: "_Step", now_s: float, *, is_prefill: bool) -> None:
         """Work for running sequences, the oldest first."""
@@ -283,9 +210,10 @@ class Scheduler:
                 return
             self._waiting[head.variant].popleft()
             head.state = State.RUNNING
-            head.running_since_s = self._admitted_s[head.variant] = now_s
+            head.running_since_s = now_s
             head.admitted_s = now_s if head.admitted_s is None else head.admitted_s
             self.running.append(head)
+            self._fairness.admitted(head.variant, now_s)
             num_stepping += 1
             self.blocks.grow(head.cross_table, len(head.source_ids))
             num_tokens = min(head.num_pending, max(1, step.tokens_left - head.num_to_encode))
@@ -293,32 +221,19 @@ class Scheduler:
             step.add(head, num_tokens)
 
     def _next_in_line(self, opening: list[str], now_s: float, step: "_Step") -> Sequence | None:
-        heads = [head for head in self._heads() if head.variant in opening and head not in step.preempted]
-        if self.policy is Policy.FCFS:
-            first = min(self._heads(), key=lambda s: s.number, default=None)
-            return first if first in heads else None
-        overdue = [head for head in heads if self._is_overdue(head, now_s)]
-        if overdue:
-            active = {sequence.variant for sequence in self.running}
-            return min(overdue, key=lambda s: (s.variant in active, self._left_out_since_s(s), s.number))
-        return min(heads, key=lambda s: (self._served[s.variant], s.number), default=None)
-
-    def _is_overdue(self, head: Sequence, now_s: float) -> bool:
-        return now_s - self._left_out_since_s(head) >= self.limits.max_wait_s
-
-    def _left_out_since_s(self, head: Sequence) -> float:
-        """Since when its variant waits and gets nothing in; waiting behind one's own kind does not count."""
-        return max(head.queued_s, self._admitted_s.get(head.variant, head.queued_s))
+        in_line = self._policy.in_line(self._heads())
+        heads = [head for head in in_line if head.variant in opening and head not in step.preempted]
+        return self._fairness.first(heads, {s.variant for s in self.running}, now_s)
 
     def _make_room_for_overdue(self, now_s: float, opening: list[str], step: "_Step") -> None:
         """An overdue request whose variant has nothing running gets the room of others."""
-        head = self._next_in_line(opening, now_s, step) if self.policy is Policy.MIXED else None
-        if head is None or not self._is_overdue(head, now_s):
+        head = self._next_in_line(opening, now_s, step) if self._policy.makes_room else None
+        if head is None or not self._fairness.is_overdue(head, now_s):
             return
         if any(s.variant == head.variant for s in self.running):
             return
         others = [s for s in self.running if s.has_gained]
-        others.sort(key=lambda s: (self._served[s.variant], s.running_since_s, s.number))
+        others.sort(key=lambda s: (self._fairness.served(s.variant), s.running_since_s, s.number))
         while others and (len(self.running) >= self.limits.max_batch or not self._fits(head)):
             self._preempt(others.pop(), step, now_s)
 
@@ -335,14 +250,6 @@ class Scheduler:
 
     def _heads(self) -> list[Sequence]:
         return [queue[0] for queue in self._waiting.values() if queue]
-
-    def _lift(self, variant: str) -> None:
-        """A variant that comes back does not collect what it left unused."""
-        active = {s.variant for s in self.sequences()}
-        served = self._served.get(variant, 0.0)
-        if variant not in active:
-            served = max(served, min((self._served[name] for name in active), default=0.0))
-        self._served[variant] = served
 
 
 class _Step:

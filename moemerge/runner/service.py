@@ -5,16 +5,15 @@ callers read, limits and snapshots, are immutable values that the thread replace
 """
 
 import logging
-import math
 import queue
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
-from moemerge.errors import InvalidRecipe, MoemergeError, NotFound, Overloaded, Stopping
+from moemerge.errors import InvalidRecipe, MoemergeError, NotFound, Stopping
+from moemerge.runner.backlog import Backlog
 from moemerge.runner.engine import Engine
 from moemerge.runner.intake import VariantLimits, check_request
 from moemerge.runner.metrics import Snapshot
@@ -25,7 +24,6 @@ Result = TypeVar("Result")
 Listener = Callable[[Output], None]
 
 _SNAPSHOT_EVERY_S = 0.1
-_RATE_WINDOW = 64
 _DRAIN_POLL_S = 0.02
 _IDLE_WAIT_S = 1.0
 
@@ -46,18 +44,11 @@ class EngineService:
         Raises:
             InvalidRecipe: A bound is negative.
         """
-        if max_queue < 0 or (max_queue_per_variant is not None and max_queue_per_variant < 0):
-            raise InvalidRecipe("a queue's bound is negative, expected 0 or more")
         self._engine = engine
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._listeners: dict[str, tuple[str, Listener]] = {}
-        self._unfinished: Counter[str] = Counter()
-        self._finished_s: deque[float] = deque(maxlen=_RATE_WINDOW)
-        self._max_unfinished = engine.options.max_batch + max_queue
-        self._max_of_variant = (
-            None if max_queue_per_variant is None else engine.options.max_batch + max_queue_per_variant
-        )
+        self._backlog = Backlog(engine.options.max_batch, max_queue, max_queue_per_variant)
         self._limits: Mapping[str, VariantLimits] = engine.variants
         self._snapshot = engine.snapshot()
         self._is_stopping = False
@@ -108,9 +99,9 @@ class EngineService:
                 raise Stopping("the engine is stopping and takes no more requests")
             if request.request_id in self._listeners:
                 raise InvalidRecipe(f"request id {request.request_id!r} is in use")
-            self._check_room(request.variant)
+            self._backlog.check_room(request.variant)
+            self._backlog.begin(request.variant)
             self._listeners[request.request_id] = (request.variant, listener)
-            self._unfinished[request.variant] += 1
             self._calls.put(lambda: self._submit(request))
 
     def cancel(self, request_id: str) -> None:
@@ -265,8 +256,7 @@ class EngineService:
             if output.finish is not None:
                 with self._lock:
                     del self._listeners[output.request_id]
-                    self._unfinished[variant] -= 1
-                    self._finished_s.append(time.perf_counter())
+                    self._backlog.end(variant, time.perf_counter())
             try:
                 listener(output)
             except Exception:  # a listener that fails must not stop the others' answers
@@ -276,26 +266,3 @@ class EngineService:
     def _publish(self) -> None:
         self._snapshot = self._engine.snapshot()
         self._limits = self._engine.variants
-
-    def _check_room(self, variant: str) -> None:
-        most = self._max_of_variant
-        if most is not None and self._unfinished[variant] >= most:
-            raise Overloaded(
-                f"{self._unfinished[variant]} requests to variant {variant} are unfinished, the most allowed",
-                retry_after_s=self._retry_after_s(self._unfinished[variant]),
-                scope="variant",
-            )
-        if len(self._listeners) >= self._max_unfinished:
-            raise Overloaded(
-                f"{len(self._listeners)} requests are unfinished, the most allowed",
-                retry_after_s=self._retry_after_s(len(self._listeners)),
-                scope="server",
-            )
-
-    def _retry_after_s(self, num_unfinished: int) -> int:
-        """Whole seconds in which a tenth of the unfinished requests ends, by the pace of the last ones."""
-        finished = self._finished_s
-        if len(finished) < 2:
-            return 1
-        rate = (len(finished) - 1) / max(finished[-1] - finished[0], 1e-3)
-        return min(60, max(1, math.ceil(num_unfinished / 10 / rate)))

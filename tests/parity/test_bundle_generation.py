@@ -15,8 +15,8 @@ from moemerge.consolidation.recipe import options_of
 from moemerge.errors import UnsupportedCheckpoint
 from moemerge.refs import FolderRef
 from moemerge.runner.forward import cache_geometry, model_of
+from moemerge.runner.policies import Policy
 from moemerge.runner.request import FinishReason, Request
-from moemerge.runner.scheduler import Policy
 from tests.bundles import NAMES, VOCABULARIES, open_engine, write_family
 from tests.factories import write_siblings
 

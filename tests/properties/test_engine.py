@@ -17,9 +17,9 @@ from hypothesis.stateful import (
 from moemerge.bundle.reader import open_bundle
 from moemerge.errors import Busy, InvalidRecipe
 from moemerge.runner.forward import cache_geometry, model_of
+from moemerge.runner.policies import Policy
 from moemerge.runner.pool import pool_bytes
 from moemerge.runner.request import FinishReason, Request
-from moemerge.runner.scheduler import Policy
 from tests.bundles import NAMES, VOCABULARIES, Answer, open_engine, run, write_bundle
 
 LONGEST_PROMPT, LONGEST_ANSWER = 20, 12

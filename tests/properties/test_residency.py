@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moemerge.runner.policies import Policy
 from moemerge.runner.residency import Presence
-from moemerge.runner.scheduler import Policy
 from tests.properties.test_scheduler import floods
 from tests.properties.world import VARIANTS, World, worlds
 

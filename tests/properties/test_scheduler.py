@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from moemerge.runner.scheduler import OUTPUT_COST, Limits, Policy
+from moemerge.runner.fairness import OUTPUT_COST
+from moemerge.runner.limits import Limits
+from moemerge.runner.policies import Policy
 from moemerge.runner.sequence import State
 from tests.properties.world import World, worlds
 

@@ -1,21 +1,90 @@
-"""An engine without tensors: scheduler and residency, a clock that is set, and a loader that takes time.
+"""An engine without tensors: scheduler and swapper, a clock that is set, and a loader that takes time.
 
 What a step computes is only counted; a token is whatever comes next. Every event checks the laws that hold
 at every moment.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from hypothesis import strategies as st
 
 from moemerge.runner.blocks import BlockPool, BlockTable, Owner
+from moemerge.runner.dispatch import Dispatcher
+from moemerge.runner.fairness import OUTPUT_COST
+from moemerge.runner.limits import Limits
+from moemerge.runner.policies import Policy
 from moemerge.runner.request import Request
 from moemerge.runner.residency import Patience, Presence, Residency
 from moemerge.runner.sampling import Sampler, Sampling
-from moemerge.runner.scheduler import OUTPUT_COST, Limits, Policy, Scheduler, StepPlan
+from moemerge.runner.scheduler import Scheduler, StepPlan
 from moemerge.runner.sequence import Sequence, State
+from moemerge.runner.swapping import Swapper
+from moemerge.runner.weights import Swap
+
+
+@dataclass
+class Arrival:
+    """A variant on its way, in place of `Transfer`."""
+
+    variant: str
+
+    def carry_out(self) -> Swap:
+        return Swap(variant=self.variant, moved_bytes=0, kept_bytes=0, seconds=0.0)
+
+
+class Device:
+    """In place of store, forward pass and loader: nothing is moved, but that takes time."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+        self.current: Arrival | None = None
+        self.until_s = 0.0
+
+    # As `WeightStore`
+
+    def prepare(self, variant: str, instead_of: Collection[str] = ()) -> Arrival:
+        assert self.world.residency.presence(variant) is Presence.ABSENT
+        return Arrival(variant)
+
+    def finish(self, transfer: Arrival) -> None: ...
+
+    def weights(self, variant: str) -> None: ...
+
+    def residuals(self, variant: str) -> None: ...
+
+    def stored_bytes(self, variant: str) -> int:
+        return 0
+
+    def release(self, variant: str) -> None: ...
+
+    def forget(self, variant: str) -> None: ...
+
+    # As `Forward`
+
+    def install(self, variant: str, *tensors: None) -> None: ...
+
+    def uninstall(self, variant: str) -> None:
+        running = {s.variant for s in self.world.scheduler.running}
+        assert variant not in running, "evicts a variant whose sequences run"
+        assert variant not in self.world.residency.pinned, "evicts a pinned variant"
+
+    # As `Loader`
+
+    def start(self, transfer: Arrival) -> None:
+        assert self.current is None
+        self.current = transfer
+        self.until_s = self.world.now_s + self.world.load_s
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        self.until_s = self.world.now_s
+
+    def poll(self) -> Swap | None:
+        if self.current is None or self.world.now_s < self.until_s:
+            return None
+        arrived, self.current = self.current, None
+        return arrived.carry_out()
 
 
 @dataclass(kw_only=True)
@@ -45,9 +114,11 @@ class World:
         self.blocks = BlockPool(self.num_blocks, self.block_tokens)
         self.scheduler = Scheduler(self.blocks, self.limits, self.policy)
         self.residency = Residency(self.fits, self.patience)
+        device = cast(Any, Device(self))
+        self.swapper = Swapper(self.residency, device, device, device, lambda swap, absent_since_s: None)
+        self.dispatcher = Dispatcher(self.scheduler, self.swapper)
         self.live: dict[int, Sequence] = {}
         self.finished: list[Sequence] = []
-        self.loading_until_s = 0.0
         self.num_submitted = 0
         self.preemptions = 0
         self.served: dict[str, float] = dict.fromkeys(self.variants, 0.0)
@@ -108,18 +179,14 @@ class World:
     def preload(self) -> None:
         """As `Engine.preload`, all variants."""
         for variant in self.variants:
-            self.residency.begin_loading(variant)
-            self.residency.loaded(variant, self.now_s)
+            self.swapper.ensure(variant, {}, self.now_s)
 
     def remove(self, variant: str) -> None:
         """As `Engine.remove_variant`; the variant is known again at once."""
         for sequence in [s for s in self.live.values() if s.variant == variant]:
             self.cancel(sequence)
-        if self.residency.loading == variant:
-            self.residency.loaded(variant, self.now_s)
-        if variant in self.residency.residents:
-            self.residency.evicted(variant, self.now_s)
         self.residency.unpin(variant)
+        self.swapper.remove(variant, self.now_s)
 
     def bound_on_steps(self) -> int:
         """Steps of a tenth of a second in which everything that is there must end.
@@ -148,11 +215,10 @@ class World:
         self.steps += 1
         self._move_variants()
         before = {number: sequence.num_computed for number, sequence in self.live.items()}
-        plan = self.scheduler.plan(self.now_s, self.residency.residents, self.residency.open_to)
+        plan = self.dispatcher.plan(self.now_s)
         self.preemptions += len(plan.preempted)
         self._check_plan(plan, before)
-        self.scheduler.computed(plan)
-        self.residency.computed({work.sequence.variant for work in plan.work})
+        self.dispatcher.computed(plan)
         for work in plan.work:
             sequence = work.sequence
             for token in range(sequence.num_computed - work.num_tokens, sequence.num_computed):
@@ -218,27 +284,16 @@ class World:
             assert len(self.scheduler.running) <= self.limits.max_batch
 
     def _move_variants(self) -> None:
+        draining = self._draining
+        emptied = self.dispatcher.move_variants(self.now_s)
+        self.preemptions += len(emptied)
+        assert not {s.variant for s in emptied} & self.residency.pinned, "empties a pinned variant"
+        assert not (self._draining - draining) & self.residency.pinned, "drains a pinned variant"
+
+    @property
+    def _draining(self) -> set[str]:
         residency = self.residency
-        if residency.loading is not None and self.now_s >= self.loading_until_s:
-            residency.loaded(residency.loading, self.now_s)
-        running = Counter(s.variant for s in self.scheduler.running)
-        draining_before = [n for n in residency.residents if residency.presence(n) is Presence.DRAINING]
-        moves = residency.plan(self.scheduler.demand(), self.now_s)
-        for name in residency.residents:
-            if residency.presence(name) is Presence.DRAINING and name not in draining_before:
-                assert name not in residency.pinned, "drains a pinned variant"
-        for name in moves.evict:
-            assert name in residency.residents
-            assert name not in residency.pinned, "evicts a pinned variant"
-            assert not running[name], "evicts a variant whose sequences run"
-            residency.evicted(name, self.now_s)
-        if moves.load is not None:
-            assert residency.presence(moves.load) is Presence.ABSENT
-            residency.begin_loading(moves.load)
-            self.loading_until_s = self.now_s + self.load_s
-        if moves.empty is not None:
-            assert moves.empty not in residency.pinned, "empties a pinned variant"
-            self.preemptions += len(self.scheduler.empty(moves.empty, self.now_s))
+        return {n for n in residency.residents if residency.presence(n) is Presence.DRAINING}
 
     def _accept(self, sequence: Sequence) -> None:
         sequence.tokens.append(1)

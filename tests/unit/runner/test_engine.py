@@ -388,7 +388,7 @@ def test_numbers_that_are_not_finite_end_their_request_and_no_other(alone, bundl
     """Not even through blocks that the poisoned variant had before."""
     engine = open_engine(bundle, cache_memory=cache_of(bundle, 60), block_tokens=4, max_step_tokens=20)
     engine.preload()
-    for role, tensor in engine._store.weights("odd").items():
+    for role, tensor in engine._memory.store.weights("odd").items():
         if role.endswith(("attention.value", "attention.key")):
             tensor.fill_(torch.nan)
     answers = collect(engine.run(everything()))

@@ -3,7 +3,8 @@
 import pytest
 
 from moemerge.errors import InvalidRecipe
-from moemerge.runner.scheduler import Limits, Policy
+from moemerge.runner.limits import Limits
+from moemerge.runner.policies import Policy
 from tests.properties.world import World
 
 

@@ -26,17 +26,31 @@ class LoadingFailed(ServingError):
         self.variant = variant
 
 
-class Residents:
-    """The variants in device memory, used by the engine's thread only."""
+class Swapper:
+    """Moves variants in and out of device memory, on the engine's thread only."""
 
     def __init__(
-        self, residency: Residency, store: WeightStore, forward: Forward, on_swap: Callable[[Swap], None]
+        self,
+        residency: Residency,
+        store: WeightStore,
+        forward: Forward,
+        loader: Loader,
+        on_swap: Callable[[Swap, float], None],
     ) -> None:
+        """Begin with what residency says.
+
+        Args:
+            residency: Decides.
+            store: Holds the variants' tensors.
+            forward: Computes with them.
+            loader: Copies beside the computing.
+            on_swap: Told of every swap, and since when the variant was absent.
+        """
         self.residency = residency
-        self.store = store
+        self._store = store
         self._forward = forward
+        self._loader = loader
         self._on_swap = on_swap
-        self._loader = Loader(store.device)
 
     @property
     def is_loading(self) -> bool:
@@ -92,7 +106,7 @@ class Residents:
         """
         self.settle(now_s)
         if variant in self.residency.residents:
-            kept = self.store.stored_bytes(variant)
+            kept = self._store.stored_bytes(variant)
             return Swap(variant=variant, moved_bytes=0, kept_bytes=kept, seconds=0.0)
         evict = self.residency.find_room(variant, demand, now_s)
         if evict is None:
@@ -109,21 +123,20 @@ class Residents:
             self.settle(now_s)
         if variant in self.residency.residents:
             self._uninstall(variant, now_s)
-            self.store.release(variant)
+            self._store.release(variant)
         self.residency.unpin(variant)
-        self.store.forget(variant)
+        self._store.forget(variant)
 
     def close(self) -> None:
         """End the loader's thread."""
         self._loader.close()
-        self._on_swap = lambda swap: None  # whoever listens holds this: its memory is to be free at once
 
     def _prepare(self, variant: str, evict: Collection[str], now_s: float) -> Transfer:
         """Set some variants aside and find memory for another one in their place."""
         for idle in evict:
             self._uninstall(idle, now_s)
         try:
-            transfer = self.store.prepare(variant, instead_of=evict)
+            transfer = self._store.prepare(variant, instead_of=evict)
         except Exception as error:  # out of memory, or a file of the bundle is gone
             raise LoadingFailed(variant, error) from error
         self.residency.begin_loading(variant)
@@ -135,14 +148,14 @@ class Residents:
             yield
         except Exception as error:
             self.residency.failed(variant)
-            self.store.release(variant)
+            self._store.release(variant)
             raise LoadingFailed(variant, error) from error
 
     def _install(self, transfer: Transfer, swap: Swap, now_s: float) -> None:
-        self.store.finish(transfer)
+        self._store.finish(transfer)
         self.residency.loaded(swap.variant, now_s)
-        self._forward.install(swap.variant, self.store.weights(swap.variant))
-        self._on_swap(swap)
+        self._forward.install(swap.variant, self._store.weights(swap.variant))
+        self._on_swap(swap, self.residency.absent_since_s(swap.variant))
         _LOG.debug("%s is resident: %d bytes in %.4f s", swap.variant, swap.moved_bytes, swap.seconds)
 
     def _uninstall(self, variant: str, now_s: float) -> None:
