@@ -33,6 +33,11 @@ def check_request(request: Request, limits: VariantLimits) -> None:
     Raises:
         InvalidRecipe: Token ids beyond the vocabulary, or a prompt that leaves no room for an answer.
     """
+    unknown = next((i for i in request.sampling.logit_bias if i >= limits.vocab_size), None)
+    if unknown is not None:
+        raise InvalidRecipe(
+            f"logit_bias has token id {unknown}, expected ids from 0 to {limits.vocab_size - 1}"
+        )
     if max(request.prompt_ids) >= limits.vocab_size:
         raise InvalidRecipe(f"the prompt has token ids outside 0 to {limits.vocab_size - 1}")
     if len(request.prompt_ids) >= limits.context_tokens:

@@ -226,6 +226,9 @@ def test_vocabulary_follows_the_variant(engine):
         assert max(run(engine, request("a", name, (size - 1,)))[0].tokens) < size
         with pytest.raises(InvalidRecipe, match=f"token ids outside 0 to {size - 1}"):
             engine.submit(request("b", name, (3, size)))
+        with pytest.raises(InvalidRecipe, match=f"logit_bias has token id {size}, .* 0 to {size - 1}"):
+            engine.submit(request("b", name, sampling=Sampling(logit_bias={size - 1: 1.0, size: 1.0})))
+    assert not engine.has_work
 
 
 @pytest.mark.parametrize("prompt", [(3, 10**9), (10**30,)])
