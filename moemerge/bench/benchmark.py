@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moemerge.bench.claims import CLAIMS, Session, measure_claims
+from moemerge.bench.claims import CLAIMS, measure_claims
 from moemerge.bench.comparison import (
     ComparisonOptions,
     compare,
@@ -14,6 +14,7 @@ from moemerge.bench.comparison import (
     notes_on,
 )
 from moemerge.bench.machine import Watch, describe_machine, usable_cores
+from moemerge.bench.measures import Session
 from moemerge.bench.report import Report
 from moemerge.bench.served_transformers import has_transformers, require_transformers
 from moemerge.bench.subjects import bundle_subject, generated_subject

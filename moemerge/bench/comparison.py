@@ -15,9 +15,9 @@ from moemerge.bench.metrics import (
     turnaround_by_variant,
 )
 from moemerge.bench.outputs import Text, check_float32, equal_shares, off_shares
-from moemerge.bench.report import OutputCheck, Report, RequestFigures, Run, last_line
+from moemerge.bench.report import OutputCheck, Report, RequestFigures, Run
 from moemerge.bench.systems import Outcome, Placement, Subject, System
-from moemerge.bench.worker import WorkerFailed
+from moemerge.bench.worker import WorkerFailed, last_line
 from moemerge.bench.workloads import Trace, WorkloadOptions, all_at_once, draw_trace
 
 _CAPACITY_RUNS = 3

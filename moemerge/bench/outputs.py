@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from moemerge.bench.metrics import Record
-from moemerge.bench.report import last_line
 from moemerge.bench.systems import Placement, Subject, System
-from moemerge.bench.worker import WorkerFailed
+from moemerge.bench.worker import WorkerFailed, last_line
 from moemerge.bench.workloads import Trace, all_at_once, shorten
 from moemerge.errors import QualityGateFailed
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from moemerge.bench.report import Report, Summary, summarise
+from moemerge.bench.report import Report
+from moemerge.bench.tables import Summary, summarise
 from moemerge.errors import InvalidRecipe
 
 FORMATS = (".png", ".svg", ".pdf")

@@ -5,18 +5,32 @@ import math
 import time
 from collections import deque
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
+from moemerge.bench.book import Book
 from moemerge.bench.metrics import Record
 from moemerge.bench.worker import Counts, WorkerSpec
-from moemerge.bench.workloads import Arrival, Trace
+from moemerge.bench.workloads import Trace
 from moemerge.bundle.reader import Bundle, open_bundle
 from moemerge.runner.engine import Engine
 from moemerge.runner.forward import cache_geometry, model_of
 from moemerge.runner.options import EngineOptions, choose_device, choose_dtype
-from moemerge.runner.request import FinishReason, Output, Request
+from moemerge.runner.request import Request
 
 _WARM_TOKENS = 4
+
+
+class EngineHolder(Protocol):
+    """Who has an engine at hand, perhaps not always the same one."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of this moment."""
+        ...
+
+    def make_ready(self, variant: str) -> bool:
+        """Whether a request for the variant can be submitted to the engine now."""
+        ...
 
 
 class ServedEngine:
@@ -29,21 +43,11 @@ class ServedEngine:
 
     def run(self, trace: Trace, start_s: float, limit_s: float) -> list[Record]:
         """See `Served.run`."""
-        book = Book(trace, start_s)
-        waiting = deque(range(len(trace)))
-        end_s = start_s + limit_s
-        while waiting or self.engine.has_work:
-            now = time.perf_counter()
-            if now >= end_s:
-                book.break_off(self.engine)
-                break
-            while waiting and start_s + trace[waiting[0]].at_s <= now:
-                self.engine.submit(book.request(waiting.popleft()))
-            if self.engine.has_work:
-                book.enter(self.engine.step())
-            else:
-                time.sleep(max(0.0, min(end_s, start_s + trace[waiting[0]].at_s) - time.perf_counter()))
-        return book.records()
+        return run_trace(self, trace, start_s, limit_s)
+
+    def make_ready(self, variant: str) -> bool:
+        """See `EngineHolder.make_ready`."""
+        return True
 
     def counts(self) -> Counts:
         """See `Served.counts`."""
@@ -82,25 +86,15 @@ class ServedFullSwap:
 
     def run(self, trace: Trace, start_s: float, limit_s: float) -> list[Record]:
         """See `Served.run`."""
-        book = Book(trace, start_s)
-        waiting = deque(range(len(trace)))
-        end_s = start_s + limit_s
-        while waiting or self.engine.has_work:
-            now = time.perf_counter()
-            if now >= end_s:
-                book.break_off(self.engine)
-                break
-            while waiting and start_s + trace[waiting[0]].at_s <= now:
-                if trace[waiting[0]].variant != self._loaded:
-                    if self.engine.has_work:
-                        break
-                    self._load(trace[waiting[0]].variant)
-                self.engine.submit(book.request(waiting.popleft()))
+        return run_trace(self, trace, start_s, limit_s)
+
+    def make_ready(self, variant: str) -> bool:
+        """See `EngineHolder.make_ready`; loads the variant when the running batch is through."""
+        if variant != self._loaded:
             if self.engine.has_work:
-                book.enter(self.engine.step())
-            else:
-                time.sleep(max(0.0, min(end_s, start_s + trace[waiting[0]].at_s) - time.perf_counter()))
-        return book.records()
+                return False
+            self._load(variant)
+        return True
 
     @property
     def engine(self) -> Engine:
@@ -141,89 +135,25 @@ class ServedFullSwap:
         self._done = self._done.plus(moved)
 
 
-class Book:
-    """What is seen of every request of a trace."""
-
-    def __init__(self, trace: Trace, start_s: float) -> None:
-        self._trace, self._start_s = trace, start_s
-        self._tokens: list[list[int]] = [[] for _ in trace]
-        self._times: list[list[float]] = [[] for _ in trace]
-        self._waits = [0.0] * len(trace)
-        self._ended_s: float | None = None
-
-    def request(self, index: int) -> Request:
-        """The request of an arrival."""
-        return request_of(self._trace[index], str(index), self._start_s)
-
-    def enter(self, outputs: list[Output]) -> None:
-        """Note what a step brought, now."""
-        now = time.perf_counter() - self._start_s
-        for output in outputs:
-            if output.finish is FinishReason.ERROR:
-                raise RuntimeError(f"request {output.request_id}: {output.error}")
-            index = int(output.request_id)
-            self._tokens[index] += output.token_ids
-            self._times[index] += [now] * len(output.token_ids)
-            if output.timing:
-                self._waits[index] = output.timing.swap_wait_s
-
-    def add(self, index: int, token_id: int, now: float) -> None:
-        """Note one token that was there at `now`, by `time.perf_counter()`."""
-        self._tokens[index].append(token_id)
-        self._times[index].append(now - self._start_s)
-
-    def is_finished(self, index: int) -> bool:
-        """Whether the answer is complete."""
-        return len(self._tokens[index]) == self._trace[index].output_tokens
-
-    def end(self) -> None:
-        """The run is broken off now."""
-        self._ended_s = time.perf_counter() - self._start_s
-
-    def break_off(self, engine: Engine) -> None:
-        """The run is broken off now, and the engine made ready for another one."""
-        self.end()
-        for index in range(len(self._trace)):
-            if not self.is_finished(index):
-                engine.cancel(str(index))
-        while engine.has_work:
-            engine.step()
-
-    def records(self) -> list[Record]:
-        """One per request, in the order of the trace.
-
-        Raises:
-            RuntimeError: A request got another number of tokens than it asked for.
-        """
-        for index, arrival in enumerate(self._trace):
-            found = len(self._tokens[index])
-            if found > arrival.output_tokens or (self._ended_s is None and found < arrival.output_tokens):
-                raise RuntimeError(f"request {index}: {found} tokens, expected {arrival.output_tokens}")
-        return [
-            Record(
-                variant=arrival.variant,
-                arrival_s=arrival.at_s,
-                token_ids=tuple(self._tokens[index]),
-                token_times_s=tuple(self._times[index]),
-                wanted_tokens=arrival.output_tokens,
-                # A request that would have come after the end was not kept waiting.
-                ended_s=None if self._ended_s is None else max(self._ended_s, arrival.at_s),
-                swap_wait_s=self._waits[index],
-            )
-            for index, arrival in enumerate(self._trace)
-        ]
-
-
-def request_of(arrival: Arrival, request_id: str, start_s: float) -> Request:
-    """An arrival as the engine takes it: greedy, end tokens do not count."""
-    return Request(
-        request_id=request_id,
-        variant=arrival.variant,
-        prompt_ids=arrival.prompt_ids,
-        max_tokens=arrival.output_tokens,
-        ignore_stop=True,
-        arrival_s=start_s + arrival.at_s,
-    )
+def run_trace(holder: EngineHolder, trace: Trace, start_s: float, limit_s: float) -> list[Record]:
+    """Submit requests in order, when they are due and the engine is ready for them; see `Served.run`."""
+    book = Book(trace, start_s)
+    waiting = deque(range(len(trace)))
+    end_s = start_s + limit_s
+    while waiting or holder.engine.has_work:
+        now = time.perf_counter()
+        if now >= end_s:
+            book.break_off(holder.engine)
+            break
+        while waiting and start_s + trace[waiting[0]].at_s <= now:
+            if not holder.make_ready(trace[waiting[0]].variant):
+                break
+            holder.engine.submit(book.request(waiting.popleft()))
+        if holder.engine.has_work:
+            book.enter(holder.engine.step())
+        else:
+            time.sleep(max(0.0, min(end_s, start_s + trace[waiting[0]].at_s) - time.perf_counter()))
+    return book.records()
 
 
 def open_engine(spec: WorkerSpec, variants: tuple[str, ...]) -> Engine:

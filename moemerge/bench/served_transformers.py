@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moemerge.bench.book import Book
 from moemerge.bench.metrics import Record
-from moemerge.bench.served_engine import Book
 from moemerge.bench.worker import Counts, WorkerSpec
 from moemerge.bench.workloads import Arrival, Trace
 from moemerge.errors import InvalidRecipe

@@ -116,6 +116,11 @@ class WorkerFailed(Exception):
     """A system could not start, or broke; a result like any other."""
 
 
+def last_line(failure: str | None) -> str:
+    """What a traceback comes down to."""
+    return (failure or "").strip().rpartition("\n")[2][:100]
+
+
 class Worker:
     """A system in its process, as the caller sees it; a context manager."""
 

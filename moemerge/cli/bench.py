@@ -97,8 +97,8 @@ def bench(
     """
     from moemerge.bench.benchmark import BenchOptions, run_benchmark
     from moemerge.bench.plot import check_plot, draw_plot
-    from moemerge.bench.report import write_results
     from moemerge.bench.subjects import default_work
+    from moemerge.bench.tables import write_results
     from moemerge.bundle.target import check_writable
 
     if plot:
@@ -146,7 +146,7 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def _print_tables(report: "Report") -> None:
-    from moemerge.bench.report import CLAIM_COLUMNS, COLUMNS, LEGEND, claim_rows, rows, title_of
+    from moemerge.bench.tables import CLAIM_COLUMNS, COLUMNS, LEGEND, claim_rows, rows, title_of
 
     for load in report.loads:
         print_table(title_of(load), COLUMNS, rows(report, load))

@@ -9,14 +9,10 @@ from moemerge.bench.report import (
     Report,
     RequestFigures,
     Run,
-    claim_rows,
-    markdown,
     read_report,
-    rows,
-    summarise,
     write_report,
-    write_results,
 )
+from moemerge.bench.tables import claim_rows, markdown, rows, summarise, write_results
 from moemerge.bench.worker import Counts
 from moemerge.errors import InvalidRecipe, NotFound
 
