@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.engine import DeviceOption, DtypeOption, ResidentOption, check_resident, open_with_files
 from moemerge.cli.sampling import (
     MinPOption,
     RepetitionOption,
@@ -24,9 +25,11 @@ from moemerge.cli.sampling import (
 from moemerge.errors import InvalidRecipe, MoemergeError
 
 if TYPE_CHECKING:
+    from moemerge.text.answers import Answer
     from moemerge.text.conversation import Conversation
 
 _HELP = "/variant NAME lets another variant answer, /reset forgets all turns, /quit or ctrl-D leaves"
+_ANEW = "/reset begins anew"
 
 
 def chat(
@@ -48,13 +51,9 @@ def chat(
     repetition_penalty: RepetitionOption = None,
     seed: SeedOption = None,
     stop: StopOption = None,
-    resident: Annotated[
-        str, typer.Option("--resident", metavar="N|all|SIZE", help="Variants that may be in memory at once.")
-    ] = "all",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.", envvar="MOEMERGE_DEVICE")] = "cpu",
+    resident: ResidentOption = "all",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,7 +64,6 @@ def chat(
 
     Example: moemerge chat duo.moe -v sums
     """
-    from moemerge.bundle.reader import open_bundle
     from moemerge.runner.engine import Engine
     from moemerge.runner.options import EngineOptions
     from moemerge.text.conversation import Conversation
@@ -79,10 +77,10 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    texts = BundleText(open_bundle(bundle))
+    options = EngineOptions(dtype=dtype, device=device, resident=check_resident(resident), max_batch=1)
+    texts = BundleText(open_with_files(bundle))
     text = texts.of(variant or next(iter(texts.bundle.manifest.variants)))
     text.require_chat_template()
-    options = EngineOptions(dtype=dtype, device=device, resident=resident, max_batch=1)
     with closing(Engine(texts.bundle, options)) as engine:
         conversation = Conversation(engine=engine, texts=texts, text=text, system=system)
         talk = _Talk(conversation, wanted, max_tokens, tuple(stop or ()), quiet=quiet, as_json=as_json)
@@ -155,18 +153,35 @@ class _Talk:
         return True
 
     def _answer(self, line: str) -> None:
-        sampling = replace(self._conversation.text.recommended(), **self._wanted)
-        with _stopped_by_interrupt() as interrupt:
-            found = self._conversation.say(
-                line,
-                max_tokens=self._max_tokens,
-                sampling=sampling,
-                stop=self._stop,
-                write=self._write,
-                is_cancelled=lambda: interrupt.is_set,
-            )
+        found = self._say(line)
         self._write("\n")
         self.turns.append({"prompt": line, **found.as_dict()})
+        if self._is_at_its_end(found) and not self._quiet and not self._as_json:
+            hint(f"The context is full; {_ANEW}.")
+
+    def _say(self, line: str) -> "Answer":
+        from moemerge.text.limits import ContextExceeded
+
+        sampling = replace(self._conversation.text.recommended(), **self._wanted)
+        try:
+            with _stopped_by_interrupt() as interrupt:
+                return self._conversation.say(
+                    line,
+                    max_tokens=self._max_tokens,
+                    sampling=sampling,
+                    stop=self._stop,
+                    write=self._write,
+                    is_cancelled=lambda: interrupt.is_set,
+                )
+        except ContextExceeded as error:
+            # Without turns there is nothing to forget: the line alone is too long.
+            if not self._conversation.messages:
+                raise
+            raise InvalidRecipe(f"{error}. {_ANEW}") from error
+
+    def _is_at_its_end(self, answer: "Answer") -> bool:
+        """The context, not `--max-tokens`, ended an answer."""
+        return answer.finish_reason == "length" and len(answer.token_ids) < self._max_tokens
 
     def _write(self, piece: str) -> None:
         if not self._as_json:
@@ -199,7 +214,7 @@ def _stopped_by_interrupt() -> Iterator[_Interrupt]:
 def _lines(talk: _Talk) -> Iterator[str]:
     """What is typed or piped in, until it ends."""
     if not talk.is_interactive:
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from _piped_lines()
         return
     import readline  # noqa: F401 - makes `input` editable
 
@@ -216,5 +231,18 @@ def _lines(talk: _Talk) -> Iterator[str]:
             warned = True
             hint("\nctrl-C again or /quit leaves")
             continue
+        except UnicodeDecodeError as error:
+            hint(f"error: the line is not UTF-8 (byte {error.start})")
+            continue
         warned = False
         yield line
+
+
+def _piped_lines() -> Iterator[str]:
+    for number, raw in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield raw.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InvalidRecipe(
+                f"standard input, line {number}: is not UTF-8 (byte {error.start})"
+            ) from error

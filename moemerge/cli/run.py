@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.engine import DeviceOption, DtypeOption, ResidentOption, check_resident, open_with_files
 from moemerge.cli.sampling import (
     MinPOption,
     RepetitionOption,
@@ -58,16 +59,12 @@ def run(
     repetition_penalty: RepetitionOption = None,
     seed: SeedOption = 0,
     stop: StopOption = None,
-    resident: Annotated[
-        str, typer.Option("--resident", metavar="N|all|SIZE", help="Variants that may be in memory at once.")
-    ] = "all",
+    resident: ResidentOption = "all",
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, help="Requests that run at once, with --input.")
     ] = 64,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.", envvar="MOEMERGE_DEVICE")] = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -89,7 +86,9 @@ def run(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    options = EngineOptions(dtype=dtype, device=device, resident=resident, max_batch=max_batch)
+    options = EngineOptions(
+        dtype=dtype, device=device, resident=check_resident(resident), max_batch=max_batch
+    )
     if source is None and target is None:
         if prompt is None:
             raise typer.BadParameter("a prompt or --input is needed", param_hint="PROMPT")
@@ -122,7 +121,6 @@ def _run_prompt(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    from moemerge.bundle.reader import open_bundle
     from moemerge.cli.inputs import read_prompt
     from moemerge.runner.engine import Engine
     from moemerge.runner.sampling import Sampling
@@ -130,7 +128,7 @@ def _run_prompt(
     from moemerge.text.variants import BundleText
 
     sampling = Sampling(**settings.pop("sampling"))
-    texts = BundleText(open_bundle(folder))
+    texts = BundleText(open_with_files(folder))
     text = read_prompt(prompt)
     messages = [{"role": "user", "content": text}]
     # Before the pool is loaded, so that what cannot be is known at once.
@@ -177,13 +175,13 @@ def _run_file(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    from moemerge.bundle.reader import open_bundle
     from moemerge.runner.engine import Engine
-    from moemerge.text.request_files import RequestFile, check_target, run_request_file
+    from moemerge.text.request_files import RequestFile, run_request_file
+    from moemerge.text.results import check_target
 
-    bundle = open_bundle(folder)
+    bundle = open_with_files(folder)
     requests = RequestFile(bundle, source, defaults=defaults, dtype=options.dtype)
-    check_target(target, requests)
+    check_target(target, source)
     num_lines = requests.check()
     told = _Counter(num_lines, quiet=quiet or as_json)
     begin = time.perf_counter()

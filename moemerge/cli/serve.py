@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.engine import (
+    DeviceOption,
+    DtypeOption,
+    ResidentOption,
+    check_resident,
+    check_threads,
+    open_with_files,
+    size_of,
+)
 from moemerge.errors import InvalidRecipe, NotFound
 
 if TYPE_CHECKING:
@@ -27,9 +36,7 @@ def serve(
         list[str] | None,
         typer.Option("--variant", "-v", metavar="NAME", help="Serve only these; give it several times."),
     ] = None,
-    resident: Annotated[
-        str, typer.Option("--resident", metavar="N|all|SIZE", help="Variants that may be in device memory.")
-    ] = "all",
+    resident: ResidentOption = "all",
     pinned: Annotated[
         list[str] | None,
         typer.Option("--pin", metavar="NAME", help="Variant that is loaded at the start and stays."),
@@ -41,10 +48,8 @@ def serve(
         list[str] | None,
         typer.Option("--share", metavar="NAME=NUMBER", help="A variant's share of the service, mostly 1."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.", envvar="MOEMERGE_DEVICE")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")
-    ] = "auto",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads of the CPU's products; all cores.")
     ] = None,
@@ -98,19 +103,18 @@ def serve(
     Example: moemerge serve trio.moe --resident 2 --max-batch 32
     """
     keys, options, program = _import_server()
-    from moemerge.bundle.reader import open_bundle
-    from moemerge.checkpoint.sizes import parse_size
     from moemerge.runner.options import EngineOptions
 
+    check_threads(threads)
     engine_options = EngineOptions(
         device=device,
         dtype=dtype,
         variants=tuple(variants) if variants else None,
-        resident=resident,
+        resident=check_resident(resident),
         pinned=tuple(pinned or ()),
         policy=policy,
-        device_memory=parse_size(device_memory) if device_memory else None,
-        cache_memory=parse_size(kv_memory) if kv_memory else None,
+        device_memory=size_of("--device-memory", device_memory),
+        cache_memory=size_of("--kv-memory", kv_memory),
         max_batch=max_batch,
         max_step_tokens=max_step_tokens,
         max_wait_s=max_wait,
@@ -134,7 +138,7 @@ def serve(
             hint(f"Serving {bundle} at {ready.url}/v1: {', '.join(ready.variants)}")
 
     forced_by = program.serve_bundle(
-        open_bundle(bundle),
+        open_with_files(bundle),
         engine_options,
         server_options,
         host=host,

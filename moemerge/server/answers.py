@@ -1,4 +1,4 @@
-"""One answer while it grows: an engine request's outputs in, pieces of text and log-probabilities out."""
+"""One answer as it is sent: text, and log-probabilities in their places, piece by piece."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from moemerge.runner.request import FinishReason, Output
 from moemerge.runner.sampling import TokenLogprob
 from moemerge.server import responses
 from moemerge.server.logprobs import LogprobQueue, PlacedLogprob, place_prompt
-from moemerge.text.streaming import StreamingText
+from moemerge.text.answers import RunningAnswer
 from moemerge.text.variants import VariantText
 
 
@@ -48,45 +48,40 @@ def join_pieces(pieces: Sequence[Piece]) -> Piece:
     )
 
 
-class Answer:
-    """One answer; `add` gets its outputs in order.
+class PlacedAnswer:
+    """A growing answer in the pieces that clients get; `add` gets its outputs in order.
 
     Attributes:
-        num_tokens: Tokens so far, with those of a stop string.
         has_ended: Nothing more comes, whatever the engine still says.
     """
 
     def __init__(
-        self,
-        index: int,
-        prompt: Prompt,
-        text: VariantText,
-        *,
-        stop: Sequence[str],
-        min_tokens: int,
-        is_empty: bool,
+        self, index: int, prompt: Prompt, running: RunningAnswer, text: VariantText, *, is_empty: bool
     ) -> None:
         """Begin.
 
         Args:
             index: Place among the answers of the HTTP request.
             prompt: What it continues.
+            running: The answer itself.
             text: The variant's.
-            stop: Strings that end it.
-            min_tokens: Tokens in whose text they do not count.
             is_empty: Only the prompt was asked for; the token that the engine computes is dropped.
         """
         self.index = index
-        self.num_tokens = 0
         self.has_ended = False
-        context = text.context_of_answer(prompt.token_ids)
         self._prompt = prompt
+        self._running = running
         self._tokenizer = text.tokenizer
-        self._stream = StreamingText(text.tokenizer, context, stop=stop, min_tokens=min_tokens)
         self._length = len(prompt.echo or "")
+        context = text.context_of_answer(prompt.token_ids)
         self._logprobs = LogprobQueue(text.tokenizer, context, self._length)
         self._has_begun = False
         self._is_empty = is_empty
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, with those of a stop string."""
+        return len(self._running.token_ids)
 
     def add(self, output: Output) -> Piece:
         """What an output makes certain."""
@@ -94,18 +89,13 @@ class Answer:
         if self._is_empty:
             self.has_ended = True
             return Piece(self.index, text, placed, "length")
-        self.num_tokens += len(output.token_ids)
         self._logprobs.add(output.logprobs)
-        fresh = self._stream.add(output.token_ids)
-        if output.finish is not None:
-            fresh += self._stream.finish()
+        fresh = self._running.add(output)
         self._length += len(fresh)
-        is_cut = self._stream.stopped_by is not None
-        self.has_ended = is_cut or output.finish is not None
-        is_whole = self.has_ended and not is_cut
+        self.has_ended = self._running.has_ended
+        is_whole = self.has_ended and not self._running.is_cut
         placed += self._logprobs.take_all() if is_whole else self._logprobs.take(self._length)
-        reason = self._reason(output, is_cut=is_cut) if self.has_ended else None
-        return Piece(self.index, text + fresh, placed, reason)
+        return Piece(self.index, text + fresh, placed, self._finish_reason())
 
     def _begin(self, logprobs: Sequence[TokenLogprob | None] | None) -> tuple[str, list[PlacedLogprob]]:
         """What comes first when the answer begins with the prompt."""
@@ -116,5 +106,7 @@ class Answer:
         placed = place_prompt(self._tokenizer, self._prompt.token_ids, logprobs, echo) if logprobs else []
         return echo, placed
 
-    def _reason(self, output: Output, *, is_cut: bool) -> responses.FinishReason:
-        return "stop" if is_cut or output.finish is FinishReason.STOP else "length"
+    def _finish_reason(self) -> responses.FinishReason | None:
+        if not self.has_ended:
+            return None
+        return "stop" if self._running.finish_reason is FinishReason.STOP else "length"

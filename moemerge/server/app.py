@@ -8,7 +8,7 @@ from fastapi.responses import HTMLResponse
 from moemerge import __version__
 from moemerge.server.chat import chat
 from moemerge.server.completions import completions
-from moemerge.server.errors import install_handlers
+from moemerge.server.handlers import install_handlers
 from moemerge.server.health import health
 from moemerge.server.keys import OPEN_PATHS, KeyGate
 from moemerge.server.metrics import HttpCounter, build_registry

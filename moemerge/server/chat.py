@@ -38,9 +38,11 @@ async def create_chat_completion(body: ChatBody, request: Request, serving: Serv
     arrival_s = time.perf_counter()
     name = serving.require(body.model)
     variant, token_ids = await asyncio.to_thread(_prepare, serving, name, body.messages)
+    is_older = body.max_completion_tokens is None
     wanted = Wanted(
         prompt_field="messages",
-        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        max_tokens_field="max_tokens" if is_older else "max_completion_tokens",
+        max_tokens=body.max_tokens if is_older else body.max_completion_tokens,
         default_tokens=None,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         arrival_s=arrival_s,

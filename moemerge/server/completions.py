@@ -63,9 +63,11 @@ def _prepare(serving: Serving, name: str, body: CompletionBody) -> tuple[ServedV
 
 def _check(body: CompletionBody, variant: ServedVariant) -> None:
     if body.max_tokens == 0 and not body.echo:
-        raise invalid("max_tokens: 0 is for echo, expected at least 1", "max_tokens")
+        raise invalid("max_tokens is 0, expected at least 1 without echo", "max_tokens")
     if body.echo and body.logprobs is not None and variant.text.is_encoder_decoder:
-        raise invalid("echo: an encoder-decoder has no log-probabilities of its prompt", "echo")
+        raise invalid(
+            "echo is true, expected false with logprobs: an encoder-decoder gives none of its prompt", "echo"
+        )
 
 
 class _Form:

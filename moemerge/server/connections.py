@@ -64,7 +64,9 @@ class BoundedConnection(H11Protocol):
         """Begin to wait for a request."""
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
-            self._refuse(ApiError(_FULL, "too many connections", retry_after_s=1))
+            most = self._limits.max_connections
+            message = f"{most} connections are open, the most allowed. Try again in 1 s"
+            self._refuse(ApiError(_FULL, message, retry_after_s=1))
             return
         self._watch()
 

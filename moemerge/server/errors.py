@@ -4,12 +4,10 @@ The shape is OpenAI's: `{"error": {"message", "type", "param", "code"}}`.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -28,9 +26,9 @@ from moemerge.errors import (
     ServingError,
     Stopping,
 )
+from moemerge.text.limits import ContextExceeded, InvalidRequest
 
 _LONGEST_MESSAGE = 2000
-_LONGEST_PARAM = 100
 
 
 class Kind(NamedTuple):
@@ -58,29 +56,19 @@ KINDS: Mapping[type[MoemergeError], Kind] = {
     MoemergeError: Kind(500, "server_error", "internal_error"),
 }
 _QUEUE_OF_VARIANT_FULL = Kind(429, "rate_limit_error", "queue_full")
-_STOPPING_RETRY_S = 5.0
-_STATUS_KINDS = {
-    400: Kind(400, "invalid_request_error", "invalid_request"),
-    404: Kind(404, "invalid_request_error", "unknown_url"),
-    405: Kind(405, "invalid_request_error", "method_not_allowed"),
-}
-_FIELD_CODES = {
-    "extra_forbidden": "unknown_field",
-    "missing": "missing_field",
-    "unsupported_field": "unsupported_field",
-}
+_STOPPING_RETRY_S = 5
 
 
 class ApiError(HTTPException):
     """An answer that is an error, decided where it is raised."""
 
     def __init__(
-        self, kind: Kind, message: str, *, param: str | None = None, retry_after_s: float | None = None
+        self, kind: Kind, message: str, *, param: str | None = None, retry_after_s: int | None = None
     ) -> None:
         super().__init__(kind.status, message)
         self.kind = kind
         self.param = param
-        self.headers = {"Retry-After": str(max(1, math.ceil(retry_after_s)))} if retry_after_s else None
+        self.headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
@@ -88,14 +76,30 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
     return ApiError(Kind(400, "invalid_request_error", code), message, param=param)
 
 
-def translate(error: MoemergeError, param: str | None = None) -> ApiError:
+def translate(error: MoemergeError) -> ApiError:
     """The answer to one of our errors."""
     if isinstance(error, Overloaded):
-        kind = _QUEUE_OF_VARIANT_FULL if error.scope == "variant" else KINDS[Overloaded]
-        return ApiError(kind, str(error), retry_after_s=error.retry_after_s)
+        return _full(error)
+    if isinstance(error, Stopping):
+        advice = f"Try again in {_STOPPING_RETRY_S} s"
+        return ApiError(KINDS[Stopping], f"{error}. {advice}", retry_after_s=_STOPPING_RETRY_S)
+    if isinstance(error, InvalidRequest):
+        code = "context_length_exceeded" if isinstance(error, ContextExceeded) else "invalid_value"
+        return invalid(str(error), error.field, code)
     kind = next(KINDS[ancestor] for ancestor in type(error).__mro__ if ancestor in KINDS)
-    retry_after_s = _STOPPING_RETRY_S if isinstance(error, Stopping) else None
-    return ApiError(kind, str(error), param=param, retry_after_s=retry_after_s)
+    return ApiError(kind, str(error))
+
+
+def _full(error: Overloaded) -> ApiError:
+    """The answer to a request for which there is no room in a queue."""
+    is_of_variant = error.scope == "variant"
+    retry_after_s = max(1, math.ceil(error.retry_after_s))
+    option = "--max-queue-per-variant" if is_of_variant else "--max-queue"
+    return ApiError(
+        _QUEUE_OF_VARIANT_FULL if is_of_variant else KINDS[Overloaded],
+        f"{error}. Try again in {retry_after_s} s; a server with a larger {option} lets more wait",
+        retry_after_s=retry_after_s,
+    )
 
 
 def hide_folder(error: ApiError, folder: Path) -> ApiError:
@@ -117,70 +121,3 @@ def error_body(error: ApiError) -> dict[str, Any]:
 def error_response(error: ApiError) -> JSONResponse:
     """The answer as a response."""
     return JSONResponse(error_body(error), error.status_code, headers=error.headers)
-
-
-def install_handlers(app: FastAPI) -> None:
-    """Let the application answer every failure in the one shape."""
-
-    async def on_http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        told = error if isinstance(error, ApiError) else _plain(request, error)
-        return error_response(hide_folder(told, request.app.state.serving.bundle.folder))
-
-    async def on_ours(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, MoemergeError)
-        return error_response(hide_folder(translate(error), request.app.state.serving.bundle.folder))
-
-    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return error_response(describe(error.errors()))
-
-    async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        # The traceback goes to the log: the framework raises the error again after this answer.
-        return error_response(
-            ApiError(KINDS[MoemergeError], "internal error; the server's log has the details")
-        )
-
-    app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(MoemergeError, on_ours)
-    app.add_exception_handler(RequestValidationError, on_invalid)
-    app.add_exception_handler(Exception, on_bug)
-
-
-def describe(findings: Sequence[Any]) -> ApiError:
-    """The answer to a body that does not fit its model: the first finding, and how many there are."""
-    first = findings[0]
-    context = first.get("ctx", {})
-    param = context.get("field") or _place(first["loc"], keep_last=first["type"] == "extra_forbidden")
-    code = _FIELD_CODES.get(first["type"], "invalid_value")
-    message = "unknown field" if code == "unknown_field" else str(first["msg"])
-    param = param[:_LONGEST_PARAM]
-    message = f"{param}: {message}" if param and code != "unsupported_field" else message
-    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
-    return invalid(message + more, param or None, code)
-
-
-def _place(steps: Iterable[int | str], *, keep_last: bool) -> str:
-    """The place in a body in a client's terms: without the names that pydantic gives to alternatives."""
-    *outer, last = steps
-    if not (keep_last or _is_named(last)):
-        outer, last = outer, ""
-    named = [str(step) for step in outer if _is_named(step)] + ([str(last)] if last != "" else [])
-    return ".".join(named[1:] if named[:1] in (["body"], ["query"], ["path"]) else named)
-
-
-def _is_named(step: int | str) -> bool:
-    return isinstance(step, int) or (step.isidentifier() and step not in ("str", "int", "float", "bool"))
-
-
-def _plain(request: Request, error: HTTPException) -> ApiError:
-    """What the framework itself refuses: unknown addresses and methods, bodies it cannot read."""
-    kind = _STATUS_KINDS.get(error.status_code)
-    if kind is None:
-        kind = Kind(error.status_code, "invalid_request_error", "refused")
-    message = str(error.detail)
-    if error.status_code in (404, 405):
-        message = f"{request.method[:20]} {request.url.path[:200]}: {message.lower()}"
-    refused = ApiError(kind, message)
-    refused.headers = error.headers
-    return refused

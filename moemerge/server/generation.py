@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from moemerge.errors import ServingError, Stopping
-from moemerge.runner.request import FinishReason, Request
+from moemerge.runner.request import FinishReason, Output, Request
 from moemerge.runner.sampling import Sampling
-from moemerge.server.answers import Answer, Piece, Prompt, join_pieces
+from moemerge.server.answers import Piece, PlacedAnswer, Prompt, join_pieces
 from moemerge.server.errors import invalid
 from moemerge.server.inbox import Inbox
 from moemerge.server.requests import GenerationBody
 from moemerge.server.responses import Usage
 from moemerge.server.serving import ServedVariant, Serving
+from moemerge.text.answers import RunningAnswer
+from moemerge.text.limits import check_ids, check_min_tokens, check_prompt, longest_answer
 
 Value = TypeVar("Value")
 _MANY_TOKENS = 512
@@ -28,6 +30,7 @@ class Wanted:
 
     Attributes:
         prompt_field: Name of the field with the prompt.
+        max_tokens_field: Name of the field with the longest answer.
         max_tokens: Longest answer as the client gave it; 0 computes only the prompt.
         default_tokens: Longest answer otherwise; None for what the context leaves.
         num_logprobs: Likeliest tokens to name with each token; None for no log-probabilities.
@@ -35,6 +38,7 @@ class Wanted:
     """
 
     prompt_field: str
+    max_tokens_field: str = "max_tokens"
     max_tokens: int | None
     default_tokens: int | None
     num_logprobs: int | None
@@ -56,7 +60,8 @@ class Generation:
         """Hand the requests to the engine.
 
         Raises:
-            ApiError: Too many answers, more tokens than the context holds, or ids that are no tokens.
+            ApiError: Too many answers.
+            InvalidRequest: More tokens than the context holds, or ids that are no tokens.
             MoemergeError: As `EngineService.submit`.
         """
         self.id = f"{prefix}-{uuid.uuid4().hex}"
@@ -65,7 +70,7 @@ class Generation:
         self._serving = serving
         self._variant = variant.text.name
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, PlacedAnswer] = {}
         requests = []
         num_each = body.n or 1
         if num_each * len(prompts) > serving.options.max_choices:
@@ -78,12 +83,11 @@ class Generation:
         for index, (prompt, copy) in enumerate((p, c) for p in prompts for c in range(num_each)):
             request = _request(f"{self.id}-{index}", serving, variant, body, wanted, prompt, copy)
             requests.append(request)
-            self._answers[request.request_id] = Answer(
+            self._answers[request.request_id] = PlacedAnswer(
                 index,
                 prompt,
+                RunningAnswer(request, variant.text, stop),
                 variant.text,
-                stop=stop,
-                min_tokens=request.min_tokens,
                 is_empty=wanted.max_tokens == 0,
             )
         self.inbox.submit(requests)
@@ -92,7 +96,7 @@ class Generation:
         """Pieces of all answers as they come.
 
         Raises:
-            ApiError: The reader was too slow, or the variant is not served any more.
+            ApiError: The reader was too slow, the variant is not served any more, or the engine refused.
             ServingError, Stopping: The engine failed, or stopped before the end.
         """
         async for output in self.inbox.outputs():
@@ -102,8 +106,7 @@ class Generation:
             if output.finish is FinishReason.CANCELLED:
                 raise Stopping("the server is stopping; the answer was cut off")
             if output.finish is FinishReason.ERROR:
-                self._serving.require(self._variant)
-                raise ServingError(output.error or "the engine failed")
+                raise self._failure(output)
             if output.prompt_logprobs is not None and len(output.prompt_logprobs) > _MANY_TOKENS:
                 piece = await asyncio.to_thread(answer.add, output)
             else:
@@ -124,6 +127,18 @@ class Generation:
             parts.setdefault(piece.index, []).append(piece)
         return [join_pieces(parts[index]) for index in sorted(parts)]
 
+    def _failure(self, output: Output) -> Exception:
+        """Why a request ended with an error.
+
+        Raises:
+            ApiError: Its variant is not served any more.
+        """
+        self._serving.require(self._variant)
+        error = output.error or "the engine failed"
+        # Only what the engine refused when it took it up has no times.
+        was_refused = output.timing is None and self._serving.service.is_ready
+        return invalid(error) if was_refused else ServingError(error)
+
     def usage(self) -> Usage:
         """Tokens so far."""
         completion = sum(answer.num_tokens for answer in self._answers.values())
@@ -143,67 +158,36 @@ def _request(
     prompt: Prompt,
     copy: int,
 ) -> Request:
-    limits = serving.service.limits_of(variant.text.name)
-    _check_ids(body, wanted.prompt_field, prompt, limits.vocab_size)
-    room = limits.context_tokens
-    room -= 0 if variant.text.is_encoder_decoder else len(prompt.token_ids)
-    max_tokens = _longest(wanted, prompt, limits.context_tokens, max(0, room))
+    text = variant.text
+    longest = longest_answer(
+        text,
+        len(prompt.token_ids),
+        asked=wanted.max_tokens,
+        default=wanted.default_tokens,
+        context_tokens=serving.service.limits_of(text.name).context_tokens,
+        prompt_field=wanted.prompt_field,
+        asked_field=wanted.max_tokens_field,
+    )
+    check_prompt(wanted.prompt_field, prompt.token_ids, text)
+    check_ids("logit_bias", map(int, body.logit_bias or ()), text)
+    check_ids("stop_token_ids", body.stop_token_ids or (), text)
+    max_tokens, min_tokens = max(1, longest), body.min_tokens or 0
+    check_min_tokens(min_tokens, max_tokens)
     # So that every echoed prompt is followed by one token, as clients that score prompts count on.
     is_scoring = prompt.echo is not None and wanted.num_logprobs is not None and max_tokens == 1
     return Request(
         request_id=request_id,
-        variant=variant.text.name,
+        variant=text.name,
         prompt_ids=prompt.token_ids,
         max_tokens=max_tokens,
         sampling=_sampling(body, variant.recommended, copy),
-        stop_ids=variant.text.stop_ids | frozenset(body.stop_token_ids or ()),
-        min_tokens=body.min_tokens or 0,
+        stop_ids=text.stop_ids | frozenset(body.stop_token_ids or ()),
+        min_tokens=min_tokens,
         ignore_stop=bool(body.ignore_eos) or is_scoring,
         num_logprobs=wanted.num_logprobs,
         num_prompt_logprobs=wanted.num_logprobs if prompt.echo is not None else None,
         arrival_s=wanted.arrival_s,
     )
-
-
-def _check_ids(body: GenerationBody, prompt_field: str, prompt: Prompt, vocab_size: int) -> None:
-    """Refuse an empty prompt, and token ids that the variant does not have.
-
-    Raises:
-        ApiError: Names the field.
-    """
-    if not prompt.token_ids:
-        raise invalid(f"{prompt_field}: has no tokens, expected at least one", prompt_field)
-    for field, token_ids in (
-        (prompt_field, prompt.token_ids),
-        ("logit_bias", [int(key) for key in body.logit_bias or ()]),
-        ("stop_token_ids", body.stop_token_ids or ()),
-    ):
-        if token_ids and max(token_ids) >= vocab_size:
-            raise invalid(f"{field}: {max(token_ids)} is no token id, expected 0 to {vocab_size - 1}", field)
-
-
-def _longest(wanted: Wanted, prompt: Prompt, context: int, room: int) -> int:
-    """Tokens that the answer may have.
-
-    Raises:
-        ApiError: The context does not hold the prompt and what is asked for.
-    """
-    length = len(prompt.token_ids)
-    if room < 1 or length >= context:
-        raise invalid(
-            f"the prompt has {length} tokens, which leave no room for an answer in a context of {context}",
-            wanted.prompt_field,
-            "context_length_exceeded",
-        )
-    if wanted.max_tokens is None:
-        return min(room, wanted.default_tokens or room)
-    if wanted.max_tokens > room:
-        raise invalid(
-            f"the context holds {context} tokens, the prompt has {length}, {wanted.max_tokens} are asked for",
-            "max_tokens",
-            "context_length_exceeded",
-        )
-    return max(1, wanted.max_tokens)
 
 
 def _sampling(body: GenerationBody, recommended: Sampling, copy: int) -> Sampling:

@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from moemerge.text.limits import MAX_LOGPROBS
+
 LARGEST_TOKEN_ID = 2**31 - 1
-MAX_LOGPROBS = 20
 _NO_TOOLS: tuple[Any, ...] = (None, [])
 
 ModelName = Annotated[str, Field(min_length=1, max_length=256, description="Name of the variant.")]
@@ -71,7 +72,7 @@ class Body(BaseModel):
             return value
         for name, values in cls.harmless.items():
             if name in value and not any(value[name] is v or value[name] == v for v in values):
-                message = "{field}: not supported by this server"
+                message = "{field} is not supported by this server"
                 raise PydanticCustomError("unsupported_field", message, {"field": name})
         return {name: item for name, item in value.items() if name not in cls.harmless}
 
@@ -111,7 +112,7 @@ class GenerationBody(Body):
     @model_validator(mode="after")
     def _check_stream_options(self) -> "GenerationBody":
         if self.stream_options is not None and not self.stream:
-            message = "{field}: only with stream"
+            message = "{field} goes only with stream"
             raise PydanticCustomError("unsupported_field", message, {"field": "stream_options"})
         return self
 
@@ -200,11 +201,11 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatBody":
         if self.top_logprobs is not None and not self.logprobs:
-            message = "{field}: only with logprobs"
+            message = "{field} goes only with logprobs"
             raise PydanticCustomError("unsupported_field", message, {"field": "top_logprobs"})
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
-            message = "{field}: differs from max_tokens; send one of them"
+            message = "{field} differs from max_tokens; send one of them"
             raise PydanticCustomError("unsupported_field", message, {"field": "max_completion_tokens"})
         return self
 
@@ -222,7 +223,7 @@ class TokenizeBody(Body):
     @model_validator(mode="after")
     def _check_one_of(self) -> "TokenizeBody":
         if (self.prompt is None) == (self.messages is None):
-            message = "{field}: send either prompt or messages"
+            message = "either {field} or messages is needed, not both"
             raise PydanticCustomError("unsupported_field", message, {"field": "prompt"})
         return self
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from moemerge.errors import ServingError
 from moemerge.runner.engine import Engine
-from moemerge.runner.request import FinishReason, Output, Request, TokenLogprob
+from moemerge.runner.request import FinishReason, Output, Request
 from moemerge.runner.sampling import Sampling
+from moemerge.text.limits import longest_answer
 from moemerge.text.streaming import StreamingText
 from moemerge.text.variants import VariantText
 
@@ -28,7 +29,7 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     num_prompt_tokens: int
-    finish_reason: str
+    finish_reason: FinishReason
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -44,26 +45,25 @@ class Answer:
 
 
 class RunningAnswer:
-    """An answer while its tokens come: their text, and whether it has ended.
+    """An answer while the outputs of its request come: their text, and whether it has ended.
 
     When it ends by a stop string, the engine does not know: cancel the request.
 
     Attributes:
         request: What was asked.
-        text: The text so far.
-        token_ids: The tokens so far.
-        logprobs: Their log-probabilities, if asked for.
+        token_ids: The tokens so far, those of a stop string too.
         finish_reason: Why it has ended; None while it goes on.
+        is_cut: It ended by a stop string.
         error: What went wrong, with the reason `error`.
     """
 
     def __init__(self, request: Request, text: VariantText, stop: Sequence[str] = ()) -> None:
         self.request = request
-        self.text = ""
         self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
+        self.is_cut = False
         self.error: str | None = None
+        self._pieces: list[str] = []
         self._stream = StreamingText(
             text.tokenizer,
             text.context_of_answer(request.prompt_ids),
@@ -71,24 +71,33 @@ class RunningAnswer:
             min_tokens=request.min_tokens,
         )
 
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more comes, whatever the engine still says."""
+        return self.finish_reason is not None
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
+
     def add(self, output: Output) -> str:
         """The text that an output of the engine makes certain."""
-        if self.finish_reason is not None:
+        if self.has_ended:
             return ""
         self.token_ids += output.token_ids
-        self.logprobs += output.logprobs
         piece = self._stream.add(output.token_ids)
         if output.finish is not None:
             piece += self._stream.finish()
-            self.finish_reason, self.error = output.finish.value, output.error
+            self.finish_reason, self.error = output.finish, output.error
         if self._stream.stopped_by is not None:
-            self.finish_reason = FinishReason.STOP.value
-        self.text += piece
+            self.finish_reason, self.is_cut = FinishReason.STOP, True
+        self._pieces.append(piece)
         return piece
 
     def fail(self, error: str) -> None:
         """The request cannot be answered."""
-        self.finish_reason, self.error = FinishReason.ERROR.value, error
+        self.finish_reason, self.error = FinishReason.ERROR, error
 
 
 def answer(
@@ -108,21 +117,30 @@ def answer(
         engine: Serves the variant.
         text: The variant's.
         prompt_ids: What it continues.
-        max_tokens: Longest answer.
+        max_tokens: Longest answer, as far as the context leaves room.
         sampling: How tokens are chosen; greedy by default.
         stop: Strings that end the answer.
         write: Gets the text piece by piece.
         is_cancelled: Asked after every step; true ends the answer.
 
     Raises:
+        ContextExceeded: The prompt leaves no room for an answer.
         InvalidRecipe, NotFound: The engine refuses the request.
         ServingError: The answer failed.
     """
+    longest = longest_answer(
+        text,
+        len(prompt_ids),
+        asked=None,
+        default=max_tokens,
+        context_tokens=engine.limits_of(text.name).context_tokens,
+        prompt_field="the prompt",
+    )
     request = Request(
         request_id=uuid.uuid4().hex,
         variant=text.name,
         prompt_ids=tuple(prompt_ids),
-        max_tokens=max_tokens,
+        max_tokens=longest,
         sampling=sampling or Sampling(),
         stop_ids=text.stop_ids,
     )

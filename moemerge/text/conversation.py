@@ -59,7 +59,8 @@ class Conversation:
         """Say something and take the answer into the conversation; see `answers.answer`.
 
         Raises:
-            InvalidRecipe: The conversation does not fit the template or the context; this turn is forgotten.
+            ContextExceeded: The conversation leaves no room for an answer; this turn is forgotten.
+            InvalidRecipe: The conversation does not fit the template; this turn is forgotten.
         """
         turn: Message = {"role": "user", "content": content}
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []

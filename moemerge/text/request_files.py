@@ -10,7 +10,7 @@ ended.
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,11 @@ from moemerge.bundle.reader import Bundle
 from moemerge.bundle.target import locked, writing
 from moemerge.errors import Finding, InvalidRecipe, MoemergeError, NotFound
 from moemerge.runner.engine import Engine
+from moemerge.runner.request import Output
+from moemerge.runner.sampling import TokenLogprob
 from moemerge.text.answers import RunningAnswer
 from moemerge.text.request_lines import RequestLine, parse_line
+from moemerge.text.results import check_target, keep_whole_results
 from moemerge.text.variants import BundleText
 
 _SHOWN_FINDINGS = 20
@@ -139,11 +142,11 @@ def run_request_file(
     Raises:
         InvalidRecipe: The target holds something else than results of these requests.
         Busy: Another process writes it.
-        NotEnoughRoom: The disk is full.
+        NotEnoughRoom: The disk is full, or the target cannot be written.
     """
-    check_target(target, requests)
+    check_target(target, requests.source)
     with writing(target), locked(target):
-        num_resumed = _keep_whole_results(target, requests)
+        num_resumed = keep_whole_results(target, requests.digests(), requests.source)
         run = _Run(engine, requests.lines(start=num_resumed))
         digests = (digest for _, digest in islice(requests.digests(), num_resumed, None))
         count = num_resumed
@@ -158,69 +161,16 @@ def run_request_file(
     )
 
 
-def check_target(target: Path, requests: RequestFile) -> None:
-    """Whether results can go there, before anything is loaded.
-
-    Raises:
-        InvalidRecipe: It is the file of requests, a folder or a device.
-    """
-    if target.exists() and not target.is_file():
-        raise InvalidRecipe(f"{target}: is not a regular file; results cannot be continued there")
-    if target.exists() and target.samefile(requests.source):
-        raise InvalidRecipe(f"{target}: requests and results cannot be the same file")
-
-
-def _keep_whole_results(target: Path, requests: RequestFile) -> int:
-    """Count the results that are there, and cut one that was not written to its end.
-
-    Raises:
-        InvalidRecipe: One is not that of its line.
-    """
-    if not target.exists():
-        return 0
-    count = 0
-    digests = requests.digests()
-    with target.open("r+b") as file:
-        end = 0
-        for raw in file:
-            number, digest = next(digests, (None, None))
-            if _is_torn(raw, number):
-                break
-            result = _read_result(raw)
-            if number is None or (number, digest) != (result.get("line"), result.get("digest")):
-                raise InvalidRecipe(
-                    f"{target}, line {count + 1}: is not a result of {requests.source} with this bundle and "
-                    f"these settings. Choose another output, or delete this one"
-                )
-            count, end = count + 1, end + len(raw)
-        file.truncate(end)
-    return count
-
-
-def _is_torn(raw: bytes, number: int | None) -> bool:
-    """Whether this is how our result of that line begins, and no more; anything else is not ours to cut."""
-    if number is None or raw.endswith(b"\n"):
-        return False
-    begin = f'{{"line": {number},'.encode()
-    return raw.startswith(begin) or begin.startswith(raw)
-
-
-def _read_result(raw: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 @dataclass(slots=True)
 class _Entry:
     line: RequestLine
     running: RunningAnswer
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
-    @property
-    def is_done(self) -> bool:
-        return self.running.finish_reason is not None
+    def add(self, output: Output) -> None:
+        if not self.running.has_ended:
+            self.logprobs += output.logprobs
+            self.running.add(output)
 
 
 class _Run:
@@ -240,7 +190,7 @@ class _Run:
             self._submit()
             while self._unwritten:
                 self._step()
-                while self._unwritten and self._unwritten[0].is_done:
+                while self._unwritten and self._unwritten[0].running.has_ended:
                     yield self._result(self._unwritten.popleft())
                 after_step()
                 self._submit()
@@ -269,8 +219,8 @@ class _Run:
             entry = self._running.get(output.request_id)
             if entry is None:
                 continue
-            entry.running.add(output)
-            if entry.is_done:
+            entry.add(output)
+            if entry.running.has_ended:
                 del self._running[output.request_id]
                 self._engine.cancel(output.request_id)
 
@@ -298,7 +248,7 @@ class _Run:
                     "logprob": max(one.logprob, _LEAST_LOGPROB),
                     "top": [[token_id, max(value, _LEAST_LOGPROB)] for token_id, value in one.top],
                 }
-                for one in running.logprobs
+                for one in entry.logprobs
             ]
         if running.error is not None:
             result["error"] = running.error

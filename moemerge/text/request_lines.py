@@ -1,13 +1,22 @@
 """A request as a line of JSON: what it may hold, and the engine's request it stands for."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from moemerge.errors import InvalidRecipe
 from moemerge.runner.request import Request
 from moemerge.runner.sampling import Sampling
+from moemerge.text.limits import (
+    MAX_LOGPROBS,
+    check_ids,
+    check_min_tokens,
+    check_prompt,
+    longest_answer,
+    require_whole,
+    show_value,
+)
 from moemerge.text.variants import BundleText, VariantText
 
 _SAMPLING = tuple(field.name for field in fields(Sampling))
@@ -15,6 +24,7 @@ _PROMPTS = ("prompt", "messages", "prompt_ids")
 _SETTINGS = ("max_tokens", "min_tokens", "stop", "ignore_stop", "logprobs", *_SAMPLING)
 FIELDS = ("custom_id", "variant", *_PROMPTS, *_SETTINGS)
 """Everything a line may hold."""
+_DEFAULT_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +68,22 @@ def parse_line(raw: bytes, number: int, texts: BundleText, defaults: Mapping[str
         values["seed"] = (defaults["seed"] + number) % 2**63
     custom_id, variant = values.get("custom_id"), values.get("variant")
     if custom_id is not None and not isinstance(custom_id, str):
-        raise InvalidRecipe(f"custom_id is {custom_id!r}, expected text")
+        raise InvalidRecipe(f"custom_id is {show_value(custom_id)}, expected a string")
     if not isinstance(variant, str):
-        raise InvalidRecipe(f"variant is {variant!r}, expected {_list(texts.bundle.manifest.variants)}")
+        found = "missing" if variant is None else show_value(variant)
+        raise InvalidRecipe(f"variant is {found}, expected {_list(texts.bundle.manifest.variants)}")
     text = texts.of(variant)
-    prompt_ids = _prompt_ids(values, text)
-    _check_vocabulary(prompt_ids, text)
-    room = text.room(len(prompt_ids))
-    if room == 0:
-        raise InvalidRecipe(
-            f"the prompt has {len(prompt_ids)} tokens, which leave no room for an answer in a context of "
-            f"{text.context_tokens}"
-        )
+    prompt_field, prompt_ids = _prompt(values, text)
+    check_prompt(prompt_field, prompt_ids, text)
+    max_tokens = longest_answer(
+        text,
+        len(prompt_ids),
+        asked=_whole("max_tokens", given.get("max_tokens"), least=1),
+        default=defaults.get("max_tokens", _DEFAULT_TOKENS),
+        prompt_field=prompt_field,
+    )
+    min_tokens = _whole("min_tokens", values.get("min_tokens")) or 0
+    check_min_tokens(min_tokens, max_tokens)
     return RequestLine(
         number=number,
         custom_id=custom_id,
@@ -78,12 +92,12 @@ def parse_line(raw: bytes, number: int, texts: BundleText, defaults: Mapping[str
             request_id=str(number),
             variant=variant,
             prompt_ids=prompt_ids,
-            max_tokens=values.get("max_tokens", 128),
-            min_tokens=values.get("min_tokens", 0),
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
             stop_ids=text.stop_ids,
             ignore_stop=_flag("ignore_stop", values.get("ignore_stop", False)),
-            num_logprobs=_whole("logprobs", values.get("logprobs")),
-            sampling=_sampling(values),
+            num_logprobs=_whole("logprobs", values.get("logprobs"), most=MAX_LOGPROBS),
+            sampling=_sampling(values, text),
         ),
         stop=_stop(values.get("stop")),
     )
@@ -105,35 +119,32 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def _prompt_ids(values: Mapping[str, Any], text: VariantText) -> tuple[int, ...]:
+def _prompt(values: Mapping[str, Any], text: VariantText) -> tuple[str, tuple[Any, ...]]:
+    """The field with the prompt, and its token ids."""
     given = [name for name in _PROMPTS if values.get(name) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise InvalidRecipe(f"has {found} of {', '.join(_PROMPTS)}, expected one")
-    value = values[given[0]]
-    if given[0] == "prompt":
+    (field,) = given
+    value = values[field]
+    if field == "prompt":
         if not isinstance(value, str):
-            raise InvalidRecipe(f"prompt is {value!r}, expected text")
-        return text.encode(value)
+            raise InvalidRecipe(f"prompt is {show_value(value)}, expected a string")
+        return field, text.encode(value)
     if not isinstance(value, list):
-        raise InvalidRecipe(f"{given[0]} is {value!r}, expected a list")
-    return text.encode_chat(value) if given[0] == "messages" else tuple(value)
+        raise InvalidRecipe(f"{field} is {show_value(value)}, expected a list")
+    return field, text.encode_chat(value) if field == "messages" else tuple(value)
 
 
-def _check_vocabulary(prompt_ids: Sequence[object], text: VariantText) -> None:
-    size = text.vocab_size
-    wrong = next((i for i in prompt_ids if type(i) is not int or not 0 <= i < size), None)
-    if wrong is not None:
-        raise InvalidRecipe(f"the prompt holds {wrong!r}, expected token ids from 0 to {size - 1}")
-
-
-def _sampling(values: Mapping[str, Any]) -> Sampling:
+def _sampling(values: Mapping[str, Any], text: VariantText) -> Sampling:
     given = {name: values[name] for name in _SAMPLING if values.get(name) is not None}
     bias = given.get("logit_bias")
     if isinstance(bias, dict):
         # Keys of JSON objects are text.
         given["logit_bias"] = {int(k) if k.isdecimal() and len(k) < 20 else k: v for k, v in bias.items()}
-    return Sampling(**given)
+    sampling = Sampling(**given)
+    check_ids("logit_bias", sampling.logit_bias, text)
+    return sampling
 
 
 def _stop(value: object) -> tuple[str, ...]:
@@ -143,15 +154,13 @@ def _stop(value: object) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _whole(name: str, value: object) -> int | None:
-    if value is None or (type(value) is int and value >= 0):
-        return value
-    raise InvalidRecipe(f"{name} is {value!r}, expected a whole number of at least 0")
+def _whole(name: str, value: object, least: int = 0, most: int | None = None) -> int | None:
+    return None if value is None else require_whole(name, value, least, most)
 
 
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise InvalidRecipe(f"{name} is {value!r}, expected true or false")
+        raise InvalidRecipe(f"{name} is {show_value(value)}, expected true or false")
     return value
 
 

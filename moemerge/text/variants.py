@@ -84,10 +84,19 @@ class VariantText:
         value = self._settings.get("max_positions")
         return None if value is None else int(value)
 
-    def room(self, num_prompt_tokens: int) -> int | None:
-        """Tokens that the context leaves for an answer; None where it has no end."""
-        context = None if self.is_encoder_decoder else self.context_tokens
-        return None if context is None else max(0, context - num_prompt_tokens)
+    def room(self, num_prompt_tokens: int, context_tokens: int | None = None) -> int | None:
+        """Tokens that the context leaves for an answer; None where it has no end.
+
+        Args:
+            num_prompt_tokens: Tokens of the prompt.
+            context_tokens: Of an engine that may hold less; the variant's own if not given.
+        """
+        context = context_tokens or self.context_tokens
+        if context is None:
+            return None
+        left = max(0, context - num_prompt_tokens)
+        # An encoder-decoder reads the prompt apart: it and the answer have a context each.
+        return context if self.is_encoder_decoder and left else left
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """A prompt's token ids.

@@ -64,7 +64,7 @@ def start_slow_program(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def call_program(*arguments: object, cwd: Path | None = None, stdin: str = "") -> Outcome:
+def call_program(*arguments: object, cwd: Path | None = None, stdin: str | bytes = "") -> Outcome:
     """The same in this process; anything but a regular exit, a traceback for a user, fails the test."""
     from moemerge.cli.app import app
 
@@ -72,7 +72,8 @@ def call_program(*arguments: object, cwd: Path | None = None, stdin: str = "") -
     before = Path.cwd()
     if cwd:
         os.chdir(cwd)
-    stdin_before, sys.stdin = sys.stdin, io.StringIO(stdin)
+    typed = stdin.encode() if isinstance(stdin, str) else stdin
+    stdin_before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8")
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             app([str(argument) for argument in arguments], prog_name="moemerge")

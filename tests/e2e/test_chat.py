@@ -46,6 +46,26 @@ def test_what_cannot_be_ends_a_conversation_without_terminal(lines, code, named,
     assert named in done.err
 
 
+def test_end_of_the_context_says_what_to_do(mini_bundle):
+    ask = ("chat", mini_bundle, "-v", "code", "--max-tokens", "600")
+    done = call_program(*ask, stdin="for\nfor\n")
+    assert done.code == 3
+    cut, refused = done.err.splitlines()
+    assert cut == "The context is full; /reset begins anew."
+    assert refused.endswith("leave no room for an answer in a context of 512. /reset begins anew")
+    assert call_program(*ask, "-q", stdin="for\n/reset\nfor\n").code == 0
+    assert call_program(*ask[:-1], "2", stdin="for\n").err == ""
+    # A line that is too long by itself would be so after a reset, too.
+    assert "/reset" not in call_program(*ask, stdin="word " * 600).err
+
+
+def test_line_that_is_not_utf8_is_named(mini_bundle):
+    done = call_program("chat", mini_bundle, "-v", "code", "--max-tokens", "2", stdin=b"for\r\n\xff\xfe\n")
+    assert done.code == 3
+    assert "standard input, line 2: is not UTF-8 (byte 0)" in done.err
+    assert done.out
+
+
 def test_variant_without_template_is_refused_before_anything_is_loaded(tmp_path):
     from tests.bundles import write_bundle
 

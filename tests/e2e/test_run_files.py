@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.e2e.program import call_program, run_program
+from tests.e2e.serving import error_of, serve
 
 LINES = [
     {"variant": variant, "prompt": prompt, "max_tokens": 12}
@@ -121,3 +122,35 @@ def test_chat_option_asks_through_the_template(mini_bundle):
     )
     # <|user|>, the prompt, </s>, <|assistant|>
     assert chat["prompt_tokens"] == plain["prompt_tokens"] + 3
+
+
+def test_file_and_server_refuse_the_same_in_the_same_words(mini_bundle, tmp_path):
+    source = tmp_path / "requests.jsonl"
+    with serve(mini_bundle) as served:
+        for wrong in (
+            {"max_tokens": 600},
+            {"max_tokens": 4, "min_tokens": 5},
+            {"min_tokens": 600, "max_tokens": 500},
+            {"min_tokens": -1},
+            {"logprobs": 21},
+            {"max_tokens": "9"},
+            {"logit_bias": {"99999": 1}},
+            {"prompt": ""},
+            {"prompt": "word " * 600},
+        ):
+            line = {"prompt": "for", **wrong}
+            source.write_text(json.dumps({**line, "variant": "code"}))
+            done = call_program("run", mini_bundle, "--input", source, "--output", tmp_path / "out")
+            answer = served.post("/v1/completions", {**line, "model": "code"})
+            assert (done.code, answer.status_code) == (3, 400)
+            assert done.err.rstrip().endswith(f"line 1: {error_of(answer)['message']}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_place_that_cannot_be_written_is_told_before_anything_is_read(mini_bundle, source, tmp_path):
+    place = tmp_path / "file"
+    place.touch()
+    done = call_program("run", mini_bundle, "--input", source, "--output", place / "results.jsonl")
+    assert done.code == 7
+    assert "cannot be written" in done.err
+    assert "another moemerge" not in done.err

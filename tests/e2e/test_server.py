@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -282,6 +284,49 @@ def test_encoder_decoder_answers_a_source(tmp_path):
     reference.close()
 
 
+def test_what_the_engine_refuses_when_it_takes_it_up_is_the_clients_fault(tmp_path):
+    bundle = write_bundle(tmp_path, "switch_transformers")
+    with serve(bundle, engine={"dtype": "float32", "cache_memory": 60_000}) as served:
+        context = served.http.get("/v1/models/plain").json()["max_model_len"]
+        # Within the context, but its blocks leave none for the answer.
+        body = {"model": "plain", "prompt": [5] * (context - 1), "max_tokens": 2}
+        refused = served.post("/v1/completions", body)
+        assert (refused.status_code, error_of(refused)["code"]) == (400, "invalid_value")
+        assert "fill the cache" in error_of(refused)["message"]
+        assert served.post("/v1/completions", {**body, "prompt": [5]}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_variant_that_is_removed_before_the_engine_takes_a_request_up_is_not_found(mini_bundle, stream):
+    is_reached, may_go_on = threading.Event(), threading.Event()
+
+    def hold():
+        is_reached.set()
+        return may_go_on.wait(30)
+
+    with serve(mini_bundle) as served, ThreadPoolExecutor() as clients:
+        held = clients.submit(served.service.call, hold)
+        assert is_reached.wait(30)
+        removed = clients.submit(served.http.delete, "/variants/code")
+        wait_for(lambda: served.service._calls.qsize() == 1)
+        body = {"model": "code", "prompt": "a", "max_tokens": 2, "stream": stream}
+        asked = clients.submit(served.post, "/v1/completions", body)
+        wait_for(lambda: served.service.num_unfinished == 1)
+        may_go_on.set()
+        assert held.result()
+        assert removed.result().status_code == 200
+        answer = asked.result()
+        if stream:
+            event, end = (line for line in answer.text.splitlines() if line)
+            assert end == "data: [DONE]"
+            error = json.loads(event.removeprefix("data: "))["error"]
+        else:
+            assert answer.status_code == 404
+            error = error_of(answer)
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        assert "scripture, sums" in error["message"]
+
+
 # Refusals
 
 
@@ -321,6 +366,19 @@ def test_completion_that_cannot_be_is_refused_by_name(served, body, param, code)
     error = error_of(answer)
     assert answer.status_code == (404 if code == "model_not_found" else 400)
     assert (error["param"], error["code"]) == (param, code)
+
+
+def test_length_is_named_as_the_client_named_it(served):
+    body = {"model": "code", "messages": CHAT, "max_completion_tokens": 600}
+    error = error_of(served.post("/v1/chat/completions", body))
+    assert (error["param"], error["code"]) == ("max_completion_tokens", "context_length_exceeded")
+    assert error["message"].startswith("max_completion_tokens is 600, expected at most ")
+
+
+def test_shortest_answer_beyond_the_longest_is_refused_by_name(served):
+    body = {"model": "code", "prompt": "a", "min_tokens": 17}
+    error = error_of(served.post("/v1/completions", body))
+    assert (error["param"], error["code"]) == ("min_tokens", "invalid_value")
 
 
 @pytest.mark.parametrize(
@@ -499,11 +557,13 @@ def test_full_queue_says_when_to_come_again(mini_bundle):
             assert first.status_code == 200
             again = served.post("/v1/completions", {**asked, "stream": False})
             assert (again.status_code, error_of(again)["code"]) == (429, "queue_full")
+            assert "larger --max-queue-per-variant" in error_of(again)["message"]
             assert int(again.headers["retry-after"]) >= 1
             with served.http.stream("POST", "/v1/completions", json={**asked, "model": "sums"}) as second:
                 assert second.status_code == 200
                 third = served.post("/v1/completions", {**asked, "model": "scripture"})
                 assert (third.status_code, error_of(third)["code"]) == (503, "overloaded")
+                assert "larger --max-queue lets" in error_of(third)["message"]
                 assert int(third.headers["retry-after"]) >= 1
         served.wait_until_idle()
 

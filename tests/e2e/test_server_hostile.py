@@ -230,6 +230,7 @@ def test_too_many_connections_are_told_so(bundle):
         answer = raw(served, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert status_of(answer) == 503
         assert b"retry-after: 1" in answer.lower()
+        assert b"3 connections are open, the most allowed. Try again in 1 s" in answer
         assert_in_shape(answer)
         for connection in silent:
             connection.close()
@@ -350,6 +351,16 @@ def test_client_that_goes_away_frees_its_blocks(long_bundle, stream, reset):
         assert time.monotonic() - begin < 10
         finished = served.service.snapshot().variants["plain"].figures.finished
         assert finished == {"cancelled": 3}
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_half_closed_connection_counts_as_gone(long_bundle, stream):
+    with serve(long_bundle, engine={"cache_memory": 64 * 2**20}) as served, served.connect() as connection:
+        connection.sendall(post("/v1/completions", {**ENDLESS, "max_tokens": 60_000, "stream": stream}))
+        wait_for(lambda: served.service.num_unfinished == 1)
+        connection.shutdown(socket.SHUT_WR)
+        served.wait_until_idle()
+        assert served.service.snapshot().variants["plain"].figures.finished == {"cancelled": 1}
 
 
 def test_slow_reader_of_a_stream_is_cut_off(long_bundle):

@@ -2,10 +2,12 @@
 
 import pytest
 
-from moemerge.errors import InvalidRecipe, NotFound
+from moemerge.errors import NotFound
+from moemerge.runner.request import Request
 from moemerge.runner.sampling import Sampling
-from moemerge.text.answers import answer
+from moemerge.text.answers import RunningAnswer, answer
 from moemerge.text.conversation import Conversation
+from moemerge.text.limits import ContextExceeded
 from moemerge.text.variants import BundleText
 from tests.bundles import NAMES
 
@@ -43,6 +45,34 @@ def test_stop_string_cuts_the_text_and_ends_the_request(engine, texts):
     engine.step()
     assert not engine.has_work
     engine.verify_integrity()
+
+
+def test_running_answer_says_how_it_ended(engine, texts):
+    text = texts.of("plain")
+    whole = ask(engine, texts, max_tokens=8)
+
+    def run(stop=(), max_tokens=8):
+        request = Request(
+            request_id="a", variant="plain", prompt_ids=text.encode("a word"), max_tokens=max_tokens
+        )
+        running = RunningAnswer(request, text, stop)
+        pieces = [running.add(output) for output in engine.run([request])]
+        assert running.text == "".join(pieces)
+        assert running.has_ended
+        return running
+
+    ended, cut = run(), run(stop=[whole.text[3:5]])
+    assert (ended.finish_reason, ended.is_cut, ended.text) == ("length", False, whole.text)
+    assert (cut.finish_reason, cut.is_cut) == ("stop", True)
+    # What the engine says after the end does not count.
+    assert len(cut.token_ids) < len(ended.token_ids) == 8
+
+
+def test_running_answer_that_fails_keeps_the_reason(engine, texts):
+    request = Request(request_id="a", variant="plain", prompt_ids=(5,), max_tokens=1)
+    running = RunningAnswer(request, texts.of("plain"))
+    running.fail("no such luck")
+    assert (running.finish_reason, running.error, running.text) == ("error", "no such luck", "")
 
 
 def test_answer_can_be_stopped_between_steps(engine, texts):
@@ -107,7 +137,7 @@ def test_reset_forgets_turns_and_keeps_the_system_message(conversation):
 
 
 def test_turn_that_does_not_fit_is_forgotten(conversation):
-    with pytest.raises(InvalidRecipe, match="context"):
+    with pytest.raises(ContextExceeded, match="context"):
         say(conversation, "word " * 40)
     assert conversation.messages == []
     assert say(conversation, "hello").text

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from moemerge.errors import Busy, InvalidRecipe, NotFound
+from moemerge.errors import Busy, InvalidRecipe, NotEnoughRoom, NotFound
 from moemerge.text.answers import answer
 from moemerge.text.request_files import RequestFile, run_request_file
+from moemerge.text.results import check_target
 from moemerge.text.variants import BundleText
 from tests.bundles import NAMES, open_engine
 
@@ -234,3 +235,23 @@ def test_bad_lines_are_told_in_their_own_words(raw, message, engine, tmp_path):
     path.write_bytes((known if message == "logprobs" else raw) + b"\n")
     with pytest.raises(InvalidRecipe, match=rf"1 line is wrong\n.*(?<!num_){message}"):
         open_file(engine, path)
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "file/x", "x" * 300])
+def test_place_that_cannot_be_written_is_told_as_that(place, engine, source, tmp_path):
+    if place.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(NotEnoughRoom, match="cannot be written"):
+        check_target(tmp_path / place, source)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_place_that_can_be_written_is_left_as_it_is(source, tmp_path):
+    (tmp_path / "kept").write_text("text")
+    before = sorted(tmp_path.iterdir())
+    for name in ("kept", "new", "deep/er/new"):
+        check_target(tmp_path / name, source)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "kept").read_text() == "text"

@@ -1,6 +1,8 @@
 """What a line of a request file may hold."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -78,29 +80,40 @@ def test_equal_lines_get_seeds_of_their_own(texts):
         (b'{"max_tokens": ' + b"1" * 5000 + b"}", "is not JSON"),
         ([], "is not an object"),
         ({**GOOD, "temprature": 1}, "unknown field 'temprature'; there are custom_id"),
-        ({"prompt": "a"}, "variant is None, expected one of plain, large, twin, odd"),
+        ({"prompt": "a"}, "variant is missing, expected one of plain, large, twin, odd"),
+        ({**GOOD, "variant": True}, "variant is true, expected one of"),
         ({**GOOD, "variant": "huge"}, "no variant 'huge'"),
         ({**GOOD, "custom_id": 1}, "custom_id is 1"),
         ({"variant": "plain"}, "has none of prompt, messages, prompt_ids"),
         ({**GOOD, "prompt_ids": [1]}, "has prompt and prompt_ids of"),
-        ({**GOOD, "prompt": 1}, "prompt is 1, expected text"),
+        ({**GOOD, "prompt": 1}, "prompt is 1, expected a string"),
         ({**GOOD, "prompt": "\ud800"}, "not valid Unicode"),
         ({"variant": "plain", "prompt_ids": 5}, "prompt_ids is 5"),
-        ({"variant": "plain", "prompt_ids": []}, "the prompt is empty"),
-        ({"variant": "plain", "prompt_ids": [64]}, "the prompt holds 64, expected token ids from 0 to 63"),
-        ({"variant": "plain", "prompt_ids": ["a"]}, "the prompt holds 'a'"),
-        ({"variant": "plain", "messages": "a"}, "messages is 'a'"),
+        ({"variant": "plain", "prompt_ids": []}, "prompt_ids has no tokens, expected at least one"),
+        ({"variant": "plain", "prompt_ids": [64]}, "prompt_ids holds 64, expected token ids from 0 to 63"),
+        ({"variant": "plain", "prompt_ids": ["a"]}, 'prompt_ids holds "a"'),
+        ({"variant": "plain", "prompt_ids": [True]}, "prompt_ids holds true"),
+        ({"variant": "plain", "prompt_ids": [5, None]}, "prompt_ids holds null"),
+        ({"variant": "plain", "messages": "a"}, 'messages is "a"'),
         ({"variant": "plain", "messages": [{}]}, r"messages\[0\] has no role"),
         ({"variant": "plain", "prompt": "a" * 127}, "128 tokens, which leave no room"),
-        ({**GOOD, "max_tokens": 0}, "max_tokens is 0"),
-        ({**GOOD, "max_tokens": "5"}, "max_tokens is '5'"),
+        ({**GOOD, "max_tokens": 0}, "max_tokens is 0, expected at least 1"),
+        ({**GOOD, "max_tokens": "5"}, 'max_tokens is "5", expected a whole number'),
+        (
+            {**GOOD, "max_tokens": 200},
+            "max_tokens is 200, expected at most 121: the context holds 128 tokens",
+        ),
+        ({**GOOD, "max_tokens": 4, "min_tokens": 5}, "min_tokens is 5, expected at most max_tokens, 4"),
+        ({**GOOD, "min_tokens": 127}, "min_tokens is 127, expected at most max_tokens, 1"),
         ({**GOOD, "temperature": -1}, "temperature is -1"),
         ({**GOOD, "top_p": float("nan")}, "NaN is not a number of JSON"),
         ({**GOOD, "logit_bias": {"a": 1}}, "token id of logit_bias is 'a'"),
         ({**GOOD, "stop": ["a", ""]}, "stop is .*none of them empty"),
         ({**GOOD, "stop": 5}, "stop is 5"),
         ({**GOOD, "ignore_stop": 1}, "ignore_stop is 1"),
-        ({**GOOD, "logprobs": True}, "logprobs is True"),
+        ({**GOOD, "logprobs": True}, "logprobs is true"),
+        ({**GOOD, "logprobs": 21}, "logprobs is 21, expected at most 20"),
+        ({**GOOD, "logit_bias": {"64": 1}}, "logit_bias holds 64, expected token ids from 0 to 63"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -109,5 +122,17 @@ def test_line_that_cannot_be_answered_says_why(line, named, texts):
         parse(texts, line)
 
 
-def test_fields_are_those_that_are_documented():
-    assert {"variant", "prompt", "messages", "prompt_ids", "max_tokens", "temperature", "stop"} <= set(FIELDS)
+def test_default_length_is_cut_to_what_the_context_leaves(texts):
+    ids = [5] * 120
+    assert parse(texts, {"variant": "plain", "prompt_ids": ids}).request.max_tokens == 8
+    assert parse(texts, {"variant": "plain", "prompt_ids": ids}, max_tokens=50).request.max_tokens == 8
+    assert parse(texts, {**GOOD, "max_tokens": None}, max_tokens=50).request.max_tokens == 50
+
+
+def test_page_on_serving_has_a_row_for_every_field():
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    table = page.partition("## Files of requests")[2].partition("\n## ")[0]
+    named = set(
+        re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if "|" in row))
+    )
+    assert named == set(FIELDS)

@@ -1,0 +1,56 @@
+"""What `serve`, `run` and `chat` ask of their options and of a bundle's files."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.e2e.program import call_program
+
+
+def commands(bundle):
+    return {
+        "serve": ("serve", bundle, "--port", "0"),
+        "run": ("run", bundle, "-v", "code", "for"),
+        "chat": ("chat", bundle),
+        "verify": ("verify", bundle),
+    }
+
+
+@pytest.mark.parametrize("command", ["serve", "run", "chat"])
+@pytest.mark.parametrize("value", ["junk", "", "0", "-1", "0.5", "5XB"])
+def test_resident_that_cannot_be_is_named(command, value, mini_bundle):
+    done = call_program(*commands(mini_bundle)[command], f"--resident={value}")
+    assert done.code == 3
+    assert f"--resident {value!r}, expected all, a number of variants" in done.err
+
+
+@pytest.mark.parametrize("option", ["--device-memory", "--kv-memory"])
+@pytest.mark.parametrize("value", ["", "many", "5", "0GiB"])
+def test_size_that_cannot_be_is_named(option, value, mini_bundle):
+    done = call_program(*commands(mini_bundle)["serve"], option, value)
+    assert done.code == 3
+    assert f"error: {option}" in done.err
+    assert repr(value) in done.err
+
+
+def test_more_threads_than_processors_could_run_are_refused(mini_bundle):
+    done = call_program(*commands(mini_bundle)["serve"], "--threads", "3000000")
+    assert done.code == 3
+    assert f"--threads 3000000, expected at most {4 * os.cpu_count()}" in done.err
+    assert f"{os.cpu_count()} processors" in done.err
+
+
+@pytest.mark.parametrize("command", ["serve", "run", "chat", "verify"])
+@pytest.mark.parametrize(
+    "lost", ["pool/*1.safetensors", "variants/code/*.safetensors", "variants/code/config.json"]
+)
+def test_missing_file_is_a_damaged_bundle_everywhere(command, lost, mini_bundle, tmp_path):
+    folder = tmp_path / "x.moe"
+    shutil.copytree(mini_bundle, folder)
+    path = next(folder.glob(lost))
+    path.unlink()
+    done = call_program(*commands(folder)[command])
+    assert done.code == 8
+    assert path.relative_to(folder).as_posix() in done.err
+    assert "is missing" in done.err
