@@ -17,7 +17,7 @@ from moemerge.bundle.layout import pool_tensor, residual_file, residual_tensor
 from moemerge.bundle.manifest import Manifest, PoolLayer, VariantEntry, read_manifest
 from moemerge.checkpoint.family import Family, evaluate_shape, find_family
 from moemerge.checkpoint.headers import StoredTensor, read_header
-from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors
+from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors, torch_dtype
 from moemerge.errors import DamagedBundle, NotFound
 from moemerge.models.packed import Matrix, Residual
 
@@ -216,6 +216,18 @@ def effective_dtype(layer: PoolLayer) -> torch.dtype:
     """The dtype that effective experts of a layer are rounded to."""
     assert layer.dtype is not None, "only layers with codes or residuals have effective experts"
     return TORCH_DTYPES[layer.dtype]
+
+
+def expert_dtypes(bundle: Bundle, index: int) -> set[torch.dtype]:
+    """Dtypes of a layer's experts as slots compute with them.
+
+    Raises:
+        UnsupportedCheckpoint: A dtype that moemerge does not compute with.
+    """
+    layer = bundle.layer(index)
+    places = [matrix for parts in bundle.pool(index) for matrix in parts.values()]
+    plain = {torch_dtype(place) for place in places if isinstance(place, StoredTensor)}
+    return plain | {effective_dtype(layer)} if layer.dtype else plain
 
 
 def open_bundle(folder: Path) -> Bundle:

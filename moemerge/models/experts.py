@@ -4,7 +4,7 @@ Holds the activations, the interfaces through which a model sees experts, and th
 plain and once fast. Knows nothing of routers, attention and of how a pool is stored.
 
 Shapes: T tokens, D model width, F expert width, K slots per token, E slots, M expert maps; C pairs of a
-token and a pool expert that are computed, P pool experts.
+token and a row that are computed, P rows: pool experts, alone or with a residual.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moemerge.models.packed import Coded, fill_effective
+from moemerge.models.products import Multiplied
 from moemerge.models.routing import Route
 from moemerge.models.weights import OneVariant, Weights
 
@@ -49,10 +51,10 @@ ACTIVATIONS: Mapping[Activation, Callable[[Weights, str, Tensor], Tensor]] = {
 
 
 class PoolLayer(Protocol):
-    """The pool experts of one layer."""
+    """The pool experts of one layer, and behind them what slots with a residual compute with."""
 
     def output(self, pool_index: int, hidden_TD: Tensor) -> Tensor:
-        """Output [T, D] of one pool expert."""
+        """Output [T, D] of one of them."""
         ...
 
 
@@ -80,13 +82,83 @@ class PlainPoolLayer:
         return ACTIVATIONS[self.activation](OneVariant(self.experts[pool_index]), "", hidden_TD)
 
 
+class Scratch:
+    """One expert in the dtype of computing, written over by the next; `gate` and `up` are one product.
+
+    Attributes:
+        tensors: By role, as activations ask for them.
+        targets: By part, the same memory.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.targets: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
+        shapes = dict(shapes)
+        if "gate" in shapes:
+            (num_gate, width), (num_up, _) = shapes.pop("gate"), shapes.pop("up")
+            both = torch.empty(num_gate + num_up, width, dtype=dtype, device=device)
+            self.tensors["gate_up"] = both
+            self.targets |= {"gate": both[:num_gate], "up": both[num_gate:]}
+        for part, shape in shapes.items():
+            self.tensors[part] = self.targets[part] = torch.empty(shape, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveLayer:
+    """A `PoolLayer` whose rows are effective experts: the pool experts, then those with a residual.
+
+    Attributes:
+        pool: From a pool index to the parts of that expert, plain or coded.
+        bases: Pool expert of each row; the first rows are the pool experts themselves, in their order.
+        num_experts: Pool experts.
+        residuals: Parts by row; of each row behind the pool experts, while somebody may ask for it.
+        dtype: That effective experts are rounded to.
+        scratch: Where experts are computed that cannot be multiplied as they are; may serve many layers.
+        activation: Form of the experts.
+    """
+
+    pool: Callable[[int], Mapping[str, Tensor | Coded]]
+    bases: Sequence[int]
+    num_experts: int
+    residuals: Mapping[int, Mapping[str, Coded]]
+    dtype: torch.dtype
+    scratch: Scratch
+    activation: Activation
+
+    def output(self, pool_index: int, hidden_TD: Tensor) -> Tensor:
+        """See `PoolLayer.output`."""
+        parts = self.pool(self.bases[pool_index])
+        residual = self.residuals[pool_index] if pool_index >= self.num_experts else None
+        multiplied = None if residual else _multiplied(parts, len(hidden_TD))
+        if multiplied is None:
+            for part, target in self.scratch.targets.items():
+                fill_effective(target, parts[part], residual[part] if residual else None, self.dtype)
+            multiplied = self.scratch.tensors
+        return ACTIVATIONS[self.activation](OneVariant(multiplied), "", hidden_TD)
+
+
+def _multiplied(
+    parts: Mapping[str, Tensor | Coded], num_tokens: int
+) -> Mapping[str, Tensor | Multiplied] | None:
+    """The parts, if all of them have a product that pays for so many tokens."""
+    chosen: dict[str, Tensor | Multiplied] = {}
+    for part, matrix in parts.items():
+        if isinstance(matrix, Tensor) or (isinstance(matrix, Multiplied) and num_tokens <= matrix.max_rows):
+            chosen[part] = matrix
+        else:
+            return None
+    return chosen
+
+
 @dataclass(frozen=True, slots=True)
 class MappedExperts:
     """`Experts` over pools that all variants of a batch share.
 
     Attributes:
         layers: Pool by layer index.
-        maps: Expert maps by layer index, int64 [M, E], one row per variant.
+        maps: Expert maps by layer index, int64 [M, E], one row per variant; entries are those of `layers`.
         owner: Row of the maps of the whole batch, or of each token, int64 [T].
     """
 

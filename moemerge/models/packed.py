@@ -26,6 +26,10 @@ _STRETCH = 2**18
 """Entries of an effective expert that are computed at a time: what lies between fits into a core's cache."""
 
 
+_ROW_MULTIPLE = 64
+"""Rows of such a stretch are a multiple of it, the largest block of rows that any product reads."""
+
+
 class Coded(Protocol):
     """A matrix [N, D] that is not stored as its entries."""
 
@@ -204,7 +208,7 @@ def fill_effective(target: Tensor, pool: Tensor | Coded, residual: Coded | None,
     Goes through the rows in stretches, always the same, so that the bits do not depend on who asks.
     """
     num_rows, num_columns = pool.shape
-    step = max(1, _STRETCH // max(1, num_columns))
+    step = max(1, _STRETCH // (_ROW_MULTIPLE * max(1, num_columns))) * _ROW_MULTIPLE
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
         values = pool[start:stop] if isinstance(pool, Tensor) else pool.rows(start, stop).dense()

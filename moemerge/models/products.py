@@ -1,12 +1,215 @@
 """The product of hidden states with a matrix, in the layout that is fastest for the device.
 
 On a CPU that computes in bf16, matrices packed into oneDNN's blocks take about half the time of plain
-ones for the few rows of a decoding step. Knows nothing of what the matrices are for.
+ones for the few rows of a decoding step, and matrices of eight bits are multiplied as they are. Knows nothing
+of what the matrices are for.
+
+Shapes: T rows of hidden states, N rows and D columns of the matrix.
 """
+
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from moemerge.models.packed import PackedMatrix, code_bytes, scale_columns, unpack
+
+INT8_ROWS = 8
+"""Rows of hidden states up to which an eight-bit product is faster than unpacking the matrix."""
+INT4_ROWS = 8
+"""The same for four bits."""
+INT4_GROUPS = (32, 64, 128, 256)
+_INT4_BLOCK = 64
+"""Rows of a four-bit matrix come in multiples of this; a CPU's own blocks are as long, or half of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Matrix:
+    """Codes of eight bits with one scale per row, as torch multiplies them: entry `(e + 1/2) * scale`.
+
+    Attributes:
+        entries: Codes minus 128, int8 [N, D].
+        scales: [N, 1].
+    """
+
+    entries: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, D]."""
+        return self.entries.shape[0], self.entries.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.entries.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of entries and scales."""
+        return self.entries.nbytes + self.scales.nbytes
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of hidden states up to which `multiply` is the faster way."""
+        return INT8_ROWS
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [N, D]; the same bits as of the codes."""
+        values_ND = self.entries.to(torch.float32)
+        values_ND += 0.5
+        return values_ND.mul_(self.scales.to(torch.float32)).to(dtype)
+
+    def rows(self, start: int, stop: int) -> "Int8Matrix":
+        """Rows from `start` to before `stop`, or to the end."""
+        return Int8Matrix(self.entries[start:stop], self.scales[start:stop])
+
+    def multiply(self, hidden_TD: Tensor) -> Tensor:
+        """`hidden matrix^T`, [T, N]; the product of the entries and that of the halves are rounded apart."""
+        scales_N = self.scales.squeeze(1)
+        product_TN = torch._weight_int8pack_mm(hidden_TD, self.entries, scales_N)
+        half_T1 = hidden_TD.sum(dim=1, keepdim=True, dtype=torch.float32).mul_(0.5).to(hidden_TD.dtype)
+        return torch.addcmul(product_TN, half_T1, scales_N)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Matrix:
+    """Codes of four bits in the blocks that torch multiplies on a CPU: entry `(code - 8) * scale + zero`.
+
+    Attributes:
+        blocks: Bytes [N, D / 2]: for `block` rows at a time and each column, the first half of the rows in
+            the low and the second half in the high bits.
+        scales: Scales, and halves of them as zeros, [G, N, 2].
+        block: Rows of a block.
+    """
+
+    blocks: Tensor
+    scales: Tensor
+    block: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, D]."""
+        return self.blocks.shape[0], self.blocks.shape[1] * 2
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.blocks.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of blocks and scales."""
+        return self.blocks.nbytes + self.scales.nbytes
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.shape[1] // self.scales.shape[0]
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of hidden states up to which `multiply` is the faster way."""
+        return INT4_ROWS
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [N, D]; the same bits as of the codes."""
+        num_rows, num_columns = self.shape
+        bytes_BDH = self.blocks.reshape(-1, num_columns, self.block // 2).transpose(1, 2)
+        codes_BRD = torch.cat((bytes_BDH & 15, bytes_BDH >> 4), dim=1)
+        values_ND = codes_BRD.reshape(num_rows, num_columns).to(torch.float32)
+        values_ND -= 7.5
+        return scale_columns(values_ND, self.scales[:, :, 0].T, self.group).to(dtype)
+
+    def rows(self, start: int, stop: int) -> "Int4Matrix":
+        """Rows from `start` to before `stop`; whole blocks."""
+        assert start % self.block == 0
+        assert stop % self.block == 0
+        return Int4Matrix(self.blocks[start:stop], self.scales[:, start:stop], self.block)
+
+    def multiply(self, hidden_TD: Tensor) -> Tensor:
+        """`hidden matrix^T`, [T, N]."""
+        product: Tensor = torch._weight_int4pack_mm_for_cpu(hidden_TD, self.blocks, self.group, self.scales)
+        return product
+
+
+Multiplied = Int8Matrix | Int4Matrix
+"""Coded matrices with a product of their own.
+
+This is where a fused kernel for a device goes: a class with `multiply` and `max_rows` beside what every
+coded matrix has, and a place in `arrange`. All else is unpacked (`fill_effective`) and multiplied as a plain
+matrix.
+"""
+
+
+def arrange(matrix: PackedMatrix, dtype: torch.dtype) -> PackedMatrix | Multiplied:
+    """The matrix as the product of its device in that dtype takes it, or itself where there is none.
+
+    It may write over the codes, and the result shares memory with them where it is no larger.
+    """
+    num_groups = matrix.scales.shape[1]
+    if matrix.bits == 8 and num_groups == 1 and can_multiply_int8(dtype, matrix.device):
+        return Int8Matrix(matrix.codes.view(torch.int8).bitwise_xor_(-128), matrix.scales)
+    if can_arrange_int4(matrix.bits, matrix.group, matrix.shape, dtype, matrix.device):
+        codes_ND = unpack(matrix.codes, 4).to(torch.int32)
+        scales = matrix.scales.T.unsqueeze(2)
+        return Int4Matrix(
+            torch._convert_weight_to_int4pack_for_cpu(codes_ND, 2),
+            torch.cat((scales, scales * 0.5), dim=2).contiguous(),
+            _int4_block() or 0,
+        )
+    return matrix
+
+
+def arranged_bytes(
+    bits: int, group: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes of a packed matrix of this kind, with scales in bf16, after `arrange`."""
+    num_rows, num_columns = shape
+    scales = 2 * num_rows * -(-num_columns // group)
+    doubled = can_arrange_int4(bits, group, shape, dtype, device)
+    return num_rows * code_bytes(bits, num_columns) + scales * (2 if doubled else 1)
+
+
+def can_multiply_int8(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a product for `Int8Matrix`."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm")
+
+
+def can_arrange_int4(
+    bits: int, group: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether there is a product for codes of this kind in an `Int4Matrix`."""
+    return (
+        bits == 4
+        and group in INT4_GROUPS
+        and shape[0] % _INT4_BLOCK == 0
+        and shape[1] % group == 0
+        and dtype == torch.bfloat16
+        and device.type == "cpu"
+        and _int4_block() is not None
+    )
+
+
+@cache
+def _int4_block() -> int | None:
+    """Rows of the blocks that this CPU's four-bit product reads; None where it has none, or other ones."""
+    if not hasattr(torch, "_weight_int4pack_mm_for_cpu"):
+        return None
+    codes_ND = torch.arange(2 * _INT4_BLOCK * 32, dtype=torch.int32).view(-1, 32) * 7 // 5 % 16
+    try:
+        packed = torch._convert_weight_to_int4pack_for_cpu(codes_ND, 2)
+    except RuntimeError:
+        return None
+    expected = codes_ND.to(torch.float32) - 7.5
+    scales = torch.tensor([1.0, 0.5], dtype=torch.bfloat16).repeat(1, len(codes_ND), 1)
+    for block in (_INT4_BLOCK, _INT4_BLOCK // 2):
+        if torch.equal(Int4Matrix(packed, scales, block).dense(), expected):
+            return block
+    return None
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -31,8 +234,10 @@ def pack(matrix: Tensor) -> Tensor:
     return packed
 
 
-def multiply(hidden_TD: Tensor, matrix: Tensor) -> Tensor:
+def multiply(hidden_TD: Tensor, matrix: Tensor | Multiplied) -> Tensor:
     """`hidden matrix^T`, [T, N], computed in the dtype of `hidden_TD`; the matrix may be packed."""
+    if not isinstance(matrix, Tensor):
+        return matrix.multiply(hidden_TD)
     if matrix.dtype != hidden_TD.dtype:
         matrix = (matrix if matrix.layout == torch.strided else matrix.to_dense()).to(hidden_TD.dtype)
     if matrix.layout == torch.strided:

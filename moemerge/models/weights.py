@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moemerge.models.norm import rms_norm, unit_mean_square
-from moemerge.models.products import multiply
+from moemerge.models.products import Multiplied, multiply
 
 
 class Weights(Protocol):
@@ -38,9 +38,9 @@ class Weights(Protocol):
 
 
 class OneVariant:
-    """`Weights` of a batch of one variant, over its tensors by role; matrices may be packed."""
+    """`Weights` of a batch of one variant, over its tensors by role; matrices may be packed or coded."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor | Multiplied]) -> None:
         self.tensors = tensors
 
     def __contains__(self, role: str) -> bool:
@@ -52,11 +52,16 @@ class OneVariant:
 
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
         """See `Weights.norm`."""
-        return rms_norm(hidden_TD, self.tensors[role], eps)
+        return rms_norm(hidden_TD, self._plain(role), eps)
 
     def embed(self, role: str, ids: Tensor) -> Tensor:
         """See `Weights.embed`."""
-        return functional.embedding(ids, self.tensors[role])
+        return functional.embedding(ids, self._plain(role))
+
+    def _plain(self, role: str) -> Tensor:
+        tensor = self.tensors[role]
+        assert isinstance(tensor, Tensor), f"{role} is only multiplied"
+        return tensor
 
 
 class MixedVariants:

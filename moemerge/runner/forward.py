@@ -32,6 +32,7 @@ from moemerge.models import (
 from moemerge.runner.blocks import BlockTable
 from moemerge.runner.cache import BlockCache, BlockKeys, CacheGeometry
 from moemerge.runner.pool import CachedExpertPool, ExpertPool
+from moemerge.runner.rows import VariantResiduals
 from moemerge.runner.scheduler import Work
 from moemerge.runner.sequence import Sequence as Running
 
@@ -69,9 +70,7 @@ class Forward:
         self._weights: dict[str, dict[str, Tensor]] = {}
         self._numbers = {name: number for number, name in enumerate(bundle.manifest.variants)}
         self._maps = {
-            layer.index: torch.tensor(
-                [entry.maps[layer.index] for entry in bundle.manifest.variants.values()], device=device
-            )
+            layer.index: torch.tensor(pool.rows.maps(layer.index), device=device)
             for layer in bundle.manifest.layers
         }
 
@@ -86,13 +85,15 @@ class Forward:
             self._models[variant] = self._shared_models.setdefault(_arithmetic_of(model), model)
         return self._models[variant]
 
-    def install(self, variant: str, weights: dict[str, Tensor]) -> None:
+    def install(self, variant: str, weights: dict[str, Tensor], residuals: VariantResiduals) -> None:
         """The variant's tensors are in device memory now."""
         self._weights[variant] = weights
+        self._pool.rows.install(variant, residuals)
 
     def uninstall(self, variant: str) -> None:
         """They are no more."""
         del self._weights[variant]
+        self._pool.rows.uninstall(variant)
 
     @torch.inference_mode()
     def compute(self, work: Iterable[Work]) -> list[VariantLogits]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moemerge.bundle.reader import Bundle
+from moemerge.bundle.reader import Bundle, expert_dtypes
 from moemerge.checkpoint.sizes import parse_size
 from moemerge.checkpoint.tensors import torch_dtype
 from moemerge.errors import InvalidRecipe
@@ -171,8 +171,7 @@ def choose_dtype(bundle: Bundle, name: str, device: torch.device) -> torch.dtype
     if name != "auto":
         raise InvalidRecipe(f"dtype {name!r} is unknown; there are auto, {', '.join(DTYPES)}")
     stored = {torch_dtype(tensor) for v in bundle.manifest.variants for tensor in bundle.tensors(v).values()}
-    pools = [bundle.pool(layer.index) for layer in bundle.manifest.layers]
-    stored |= {torch_dtype(tensor) for pool in pools for parts in pool for tensor in parts.values()}
+    stored |= {dtype for layer in bundle.manifest.layers for dtype in expert_dtypes(bundle, layer.index)}
     dtype = stored.pop() if len(stored) == 1 else torch.float32
     # Half precision on a CPU is slow and overflows; float32 holds all its values.
     return (

@@ -154,7 +154,8 @@ class Swapper:
     def _install(self, transfer: Transfer, swap: Swap, now_s: float) -> None:
         self._store.finish(transfer)
         self.residency.loaded(swap.variant, now_s)
-        self._forward.install(swap.variant, self._store.weights(swap.variant))
+        weights, residuals = self._store.weights(swap.variant), self._store.residuals(swap.variant)
+        self._forward.install(swap.variant, weights, residuals)
         self._on_swap(swap, self.residency.absent_since_s(swap.variant))
         _LOG.debug("%s is resident: %d bytes in %.4f s", swap.variant, swap.moved_bytes, swap.seconds)
 

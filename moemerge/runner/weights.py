@@ -3,7 +3,8 @@
 Tensors that the bundle stores once for several variants are one tensor here too and never moved for
 the second of them. Memory of a variant that is set aside serves the one that takes its place, where shapes
 agree, since fresh memory costs several times the copy (page faults). Where nothing will ever be set aside,
-matrices may take the packed layout instead, which costs more to fill and less to multiply with.
+matrices may take the packed layout instead, which costs more to fill and less to multiply with. A variant's
+residuals come and go with it, as they are stored.
 """
 
 import time
@@ -14,15 +15,30 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moemerge.bundle.reader import Bundle
+from moemerge.bundle.reader import Bundle, ResidualParts
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors, require_mapped
 from moemerge.errors import DamagedBundle
 from moemerge.models.products import can_pack, pack
 from moemerge.models.weights import is_only_multiplied
+from moemerge.runner.rows import VariantResiduals
 
-Placement = Mapping[str, StoredTensor]
-"""A variant's tensors by role, as places in the bundle's files."""
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A variant's tensors as places in the bundle's files.
+
+    Attributes:
+        tensors: Non-expert tensors by role.
+        residuals: Parts by name, by layer index and slot.
+        coded: The tensors of all residuals, which keep their stored dtype.
+        places: All of them, each once.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    residuals: Mapping[tuple[int, int], ResidualParts]
+    coded: tuple[StoredTensor, ...]
+    places: tuple[StoredTensor, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +117,8 @@ class WeightStore:
         self._mapped: dict[str, dict[str, Tensor]] = {}
         self._held: dict[StoredTensor, Tensor] = {}
         self._users: dict[StoredTensor, set[str]] = defaultdict(set)
-        self._spare: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        self._coded: set[StoredTensor] = set()
+        self._spare: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = defaultdict(list)
         for variant in variants:
             self.add(variant)
 
@@ -109,14 +126,15 @@ class WeightStore:
         """Know a variant's tensors.
 
         Raises:
-            NotFound, DamagedBundle: As `Bundle.tensors`.
+            NotFound, DamagedBundle: As `Bundle.tensors` and `Bundle.residuals`.
         """
-        self._placements[variant] = self._bundle.tensors(variant)
+        self._placements[variant] = placement = _placement_of(self._bundle, variant)
+        self._coded |= set(placement.coded)
 
     def forget(self, variant: str) -> None:
         """Know a variant no more; it must not be held."""
         placement = self._placements.pop(variant)
-        assert not any(variant in self._users.get(tensor, ()) for tensor in placement.values())
+        assert not any(variant in self._users.get(tensor, ()) for tensor in placement.places)
         self._spare.clear()
 
     @property
@@ -131,16 +149,23 @@ class WeightStore:
 
     def set_bytes(self, variants: Collection[str]) -> int:
         """Bytes that these variants take together in device memory."""
-        distinct = {tensor for variant in variants for tensor in self._placements[variant].values()}
-        return sum(tensor.num_elements for tensor in distinct) * self.dtype.itemsize
+        distinct = {place for variant in variants for place in self._placements[variant].places}
+        return sum(place.num_elements * self._dtype_of(place).itemsize for place in distinct)
 
     def stored_bytes(self, variant: str) -> int:
         """Bytes that a variant's tensors take in the bundle."""
-        return sum(tensor.nbytes for tensor in set(self._placements[variant].values()))
+        return sum(place.nbytes for place in self._placements[variant].places)
 
     def weights(self, variant: str) -> dict[str, Tensor]:
-        """Tensors of a resident variant by role."""
-        return {role: self._held[place] for role, place in self._placements[variant].items()}
+        """Non-expert tensors of a resident variant by role."""
+        return {role: self._held[place] for role, place in self._placements[variant].tensors.items()}
+
+    def residuals(self, variant: str) -> VariantResiduals:
+        """Residuals of a resident variant."""
+        return {
+            key: {part: matrix.assemble(self._held.__getitem__) for part, matrix in parts.items()}
+            for key, parts in self._placements[variant].residuals.items()
+        }
 
     def prepare(self, variant: str, instead_of: Collection[str] = ()) -> Transfer:
         """Memory for a variant and the copies that fill it; nobody may use it before they are made.
@@ -155,7 +180,7 @@ class WeightStore:
             DamagedInput, NotFound: A file of the bundle cannot be mapped.
         """
         placement = self._placements[variant]
-        places = list(dict.fromkeys(placement.values()))
+        places = placement.places
         missing = [place for place in places if place not in self._held]
         packs = self._to_be_packed(placement).intersection(missing)
         for place in places:
@@ -164,7 +189,7 @@ class WeightStore:
             self.release(held)
         try:
             sources = {place: self._source(place) for place in missing}
-            taken = {place: self._take(torch.Size(place.shape)) for place in missing if place not in packs}
+            taken = {place: self._take(place) for place in missing if place not in packs}
         except Exception:
             self.release(variant)
             raise
@@ -184,13 +209,13 @@ class WeightStore:
 
     def release(self, variant: str) -> None:
         """Set a variant aside; memory that nobody else uses is for the one that comes next."""
-        for place in set(self._placements[variant].values()):
+        for place in self._placements[variant].places:
             self._users[place].discard(variant)
             if not self._users[place]:
                 del self._users[place]
                 tensor = self._held.pop(place, None)
                 if tensor is not None and tensor.layout == torch.strided:
-                    self._spare[tensor.shape].append(tensor)
+                    self._spare[tensor.dtype, tensor.shape].append(tensor)
 
     def verify_integrity(self, residents: Collection[str]) -> None:
         """Prove that what is held is what the residents need, with the bundle's values.
@@ -198,31 +223,50 @@ class WeightStore:
         Raises:
             DamagedInput: It is not, or the bundle changed underneath.
         """
-        expected = {place for variant in residents for place in self._placements[variant].values()}
+        expected = {place for variant in residents for place in self._placements[variant].places}
         if expected != self._held.keys():
             raise DamagedBundle(f"tensors in memory are not those of {', '.join(sorted(residents))}")
         for place, tensor in self._held.items():
             require_mapped(place)
             held = tensor.cpu() if tensor.layout == torch.strided else tensor.to_dense()
-            if not torch.equal(self._source(place).to(self.dtype), held):
+            if not torch.equal(self._source(place).to(self._dtype_of(place)), held):
                 raise DamagedBundle(f"{place.path}: {place.name} differs from what is in memory")
 
     def _to_be_packed(self, placement: Placement) -> set[StoredTensor]:
         """Matrices stored in the dtype of the engine that are used for nothing but products."""
         if not self.is_packed:
             return set()
-        others = {place for role, place in placement.items() if not is_only_multiplied(role)}
-        return {place for place in placement.values() if TORCH_DTYPES[place.dtype] == self.dtype} - others
+        tensors = placement.tensors
+        others = {place for role, place in tensors.items() if not is_only_multiplied(role)}
+        return {place for place in tensors.values() if TORCH_DTYPES[place.dtype] == self.dtype} - others
 
-    def _take(self, shape: torch.Size) -> Tensor:
-        spare = self._spare[shape]
-        return spare.pop() if spare else torch.empty(shape, dtype=self.dtype, device=self.device)
+    def _dtype_of(self, place: StoredTensor) -> torch.dtype:
+        """The dtype of a tensor in memory."""
+        return TORCH_DTYPES[place.dtype] if place in self._coded else self.dtype
+
+    def _take(self, place: StoredTensor) -> Tensor:
+        dtype, shape = self._dtype_of(place), torch.Size(place.shape)
+        spare = self._spare[dtype, shape]
+        return spare.pop() if spare else torch.empty(shape, dtype=dtype, device=self.device)
 
     def _source(self, place: StoredTensor) -> Tensor:
         file = str(place.path)
         if file not in self._mapped:
             self._mapped[file] = map_tensors(place.path)
         return self._mapped[file][place.name]
+
+
+def _placement_of(bundle: Bundle, variant: str) -> Placement:
+    tensors = bundle.tensors(variant)
+    residuals = {
+        (index, slot): parts
+        for index in bundle.variant(variant).residual_layers
+        for slot, parts in enumerate(bundle.residuals(variant, index))
+        if parts
+    }
+    matrices = [matrix for parts in residuals.values() for matrix in parts.values()]
+    coded = tuple(place for matrix in matrices for place in matrix.places.values())
+    return Placement(tensors, residuals, coded, tuple(dict.fromkeys((*tensors.values(), *coded))))
 
 
 def _copy(source: Tensor, target: Tensor) -> None:

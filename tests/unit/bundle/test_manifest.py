@@ -82,8 +82,8 @@ def test_keys_and_optional_features_of_a_later_minor_version_are_passed_over(bun
 
 
 def test_required_feature_that_is_unknown_is_named(bundle):
-    rewrite(bundle, lambda manifest: manifest["features"].update(required=["residuals", "time-travel"]))
-    with pytest.raises(UnsupportedCheckpoint, match="residuals, time-travel") as caught:
+    rewrite(bundle, lambda manifest: manifest["features"].update(required=["sparkles", "time-travel"]))
+    with pytest.raises(UnsupportedCheckpoint, match="sparkles, time-travel") as caught:
         read_manifest(bundle)
     assert "newer moemerge" in str(caught.value)
 
@@ -143,14 +143,15 @@ DELETE = object()
 WRONG = [DELETE, None, True, -1, 0, 10**12, math.nan, "other", [], {}]
 
 
-def use_every_way(folder):
+def use_every_way(folder, variant="b"):
     """What commands do with a bundle; each may refuse it, none may fail in another way."""
 
     def run():
         bundle = open_bundle(folder)
-        exported_tensors(bundle, "b")
-        with contextlib.closing(Engine(bundle, EngineOptions(variants=("b",), cache_memory=2**20))) as engine:
-            list(engine.generate("b", [3, 4], max_tokens=1))
+        exported_tensors(bundle, variant)
+        options = EngineOptions(variants=(variant,), cache_memory=2**20)
+        with contextlib.closing(Engine(bundle, options)) as engine:
+            list(engine.generate(variant, [3, 4], max_tokens=1))
 
     for use in (run, lambda: verify_bundle(folder)):
         with contextlib.suppress(MoemergeError):

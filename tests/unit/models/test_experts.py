@@ -12,7 +12,9 @@ from moemerge.models import (
     expert_product,
     own_experts,
 )
-from moemerge.models.experts import ACTIVATIONS, expert_product_plain
+from moemerge.models.experts import ACTIVATIONS, EffectiveLayer, Scratch, expert_product_plain
+from moemerge.models.packed import effective
+from tests.coded import bits, code, low_rank, quantise, random_matrix
 
 D, F = 6, 5
 SHAPES = {"gate": (F, D), "up": (F, D), "down": (D, F), "wi": (F, D), "wo": (D, F)}
@@ -158,3 +160,44 @@ def test_own_experts_give_each_slot_its_own():
     experts = own_experts({5: {"wi": [torch.zeros(F, D), torch.ones(F, D)]}}, Activation.RELU)
     assert experts.maps[5].tolist() == [[0, 1]]
     assert experts.layers[5].experts[1]["wi"].sum() == F * D
+
+
+def effective_layer(pool, bases, residuals, activation, dtype=torch.bfloat16):
+    shapes = {part: tuple(matrix.shape) for part, matrix in pool[0].items()}
+    scratch = Scratch(shapes, torch.float32, torch.device("cpu"))
+    return EffectiveLayer(
+        pool=pool.__getitem__, bases=bases, num_experts=len(pool), residuals=residuals, dtype=dtype,
+        scratch=scratch, activation=activation,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_rows_of_an_effective_layer_compute_pool_expert_plus_residual(activation):
+    parts = ("wi", "wo") if activation is Activation.RELU else ("gate", "up", "down")
+    shapes = {"gate": (16, 8), "up": (16, 8), "down": (8, 16), "wi": (16, 8), "wo": (8, 16)}
+    plain = {part: random_matrix(*shapes[part], seed=1) for part in parts}
+    coded = {part: quantise(random_matrix(*shapes[part], seed=2), 4, 8) for part in parts}
+    repairs = [
+        {part: code(random_matrix(*shapes[part], seed=3), spec) for part in parts}
+        for spec in (bits(2, 8), low_rank(2))
+    ]
+    pool = [plain, coded]
+    layer = effective_layer(pool, (0, 1, 1, 0), {2: repairs[0], 3: repairs[1]}, activation)
+    hidden = random_matrix(5, 8)
+    sums = [
+        plain,
+        {part: effective(coded[part], None, torch.bfloat16) for part in parts},
+        {part: effective(coded[part], repairs[0][part], torch.bfloat16) for part in parts},
+        {part: effective(plain[part], repairs[1][part], torch.bfloat16) for part in parts},
+    ]
+    expected = PlainPoolLayer([{part: t.float() for part, t in e.items()} for e in sums], activation)
+    for row in (0, 1, 2, 3, 1, 0):  # the scratch of one must not show in the next
+        torch.testing.assert_close(
+            layer.output(row, hidden), expected.output(row, hidden), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_a_residual_that_is_not_installed_is_our_own_mistake():
+    pool = [{part: random_matrix(8, 8) for part in ("wi", "wo")}]
+    with pytest.raises(KeyError):
+        effective_layer(pool, (0, 0), {}, Activation.RELU).output(1, random_matrix(1, 8))

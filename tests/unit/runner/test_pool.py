@@ -83,23 +83,60 @@ def test_the_whole_pool_takes_the_bytes_it_says(dtype, half_bundle):
     assert pool.nbytes == pool_bytes(half_bundle, dtype) == values * dtype.itemsize
 
 
-def test_the_least_recently_used_expert_makes_room(mixtral_bundle):
-    pool, x = cached_pool(mixtral_bundle, 3), hidden(1)
+def ask(pool, *numbers):
+    """Hits and misses of asking for experts; 12 is expert 2 of layer 1."""
+    before = pool.hits, pool.misses
+    for number in numbers:
+        pool.layers[number // 10].output(number % 10, hidden(1))
+    return pool.hits - before[0], pool.misses - before[1]
 
-    def ask(*numbers):
-        before = pool.hits, pool.misses
-        for number in numbers:
-            pool.layers[number // 10].output(number % 10, x)
-        return pool.hits - before[0], pool.misses - before[1]
 
-    assert ask(0, 1, 10) == (0, 3)
-    assert ask(0, 10, 1, 0) == (4, 0)
-    assert ask(2) == (0, 1)  # takes the place of 10
-    assert ask(0, 1, 2) == (3, 0)
-    assert ask(10) == (0, 1)  # takes the place of 0
-    assert ask(1, 2) == (2, 0)
-    assert ask(0) == (0, 1)
+def test_the_least_recently_used_expert_of_a_layer_makes_room(mixtral_bundle):
+    pool = cached_pool(mixtral_bundle, 4)  # two for each of two layers
+    assert ask(pool, 0, 1, 10, 11) == (0, 4)
+    assert ask(pool, 10, 11, 1, 0) == (4, 0)
+    assert ask(pool, 2) == (0, 1)  # takes the place of 1
+    assert ask(pool, 0, 2, 10, 11) == (4, 0)
+    assert ask(pool, 1) == (0, 1)  # takes the place of 0
+    assert ask(pool, 1, 2) == (2, 0)
+    assert ask(pool, 0) == (0, 1)
     pool.verify_integrity()
+
+
+def test_a_layer_lends_what_it_has_no_use_for(mixtral_bundle):
+    pool = cached_pool(mixtral_bundle, 4)
+    assert ask(pool, 0, 1, 2, 3) == (0, 4)
+    assert ask(pool, 3, 2, 1, 0) == (4, 0)
+    assert ask(pool, 10, 11) == (0, 2)  # its own share, of those that were used longest ago
+    assert ask(pool, 0, 1, 10, 11) == (4, 0)
+    assert ask(pool, 2) == (0, 1)  # takes the place of its own layer's 0
+    assert ask(pool, 1, 2, 10, 11) == (4, 0)
+
+
+def test_layers_in_a_circle_find_their_experts_in_an_arena_smaller_than_the_pool(mixtral_bundle):
+    """The order of decoding: every layer once, then from the first again; some experts more often."""
+    numbers, shares = every_expert(mixtral_bundle), []
+    width = mixtral_bundle.manifest.layers[0].num_experts
+    generator = torch.Generator().manual_seed(0)
+    wanted = (torch.rand(400, generator=generator) ** 2 * width).long().tolist()
+    for places in (len(numbers) // 2, len(numbers) * 3 // 4):
+        pool = cached_pool(mixtral_bundle, places)
+        for number in wanted:
+            for layer in mixtral_bundle.manifest.layers:
+                pool.expert(layer.index, number)
+        pool.verify_integrity()
+        shares.append(pool.hits / (pool.hits + pool.misses))
+    assert shares[0] > 0.5, "half of the experts are there, and the more popular half more often"
+    assert shares[1] > shares[0]
+
+
+def test_the_same_expert_of_every_layer_in_a_circle_is_found_every_time(mixtral_bundle):
+    layers = [layer.index for layer in mixtral_bundle.manifest.layers]
+    pool = cached_pool(mixtral_bundle, len(layers))
+    for _ in range(10):
+        for index in layers:
+            pool.expert(index, 3)
+    assert (pool.hits, pool.misses) == (9 * len(layers), len(layers))
 
 
 def test_the_arena_never_holds_more_than_it_may(mixtral_bundle):
@@ -131,7 +168,7 @@ def test_integrity_check_finds_a_changed_expert(mixtral_bundle):
     pool = cached_pool(mixtral_bundle, 2)
     pool.layers[0].output(1, hidden(1))
     pool.verify_integrity()
-    next(iter(pool._held.values()))["up"][3, 3] += 1
+    next(iter(pool._held.values())).memory["up"][3, 3] += 1
     with pytest.raises(DamagedBundle, match="pool expert 1 of layer 0: up differs"):
         pool.verify_integrity()
 

@@ -1,0 +1,316 @@
+"""Coded pool experts in memory, whole or cached, and the residuals that come and go with their variants."""
+
+import shutil
+
+import pytest
+import torch
+from torch.nn import functional
+
+from moemerge.bundle.export import effective_parts
+from moemerge.bundle.reader import open_bundle
+from moemerge.checkpoint.headers import StoredTensor
+from moemerge.checkpoint.tensors import TensorReader
+from moemerge.checkpoint.variants import open_variants
+from moemerge.consolidation.pipeline import merge
+from moemerge.consolidation.recipe import options_of
+from moemerge.errors import DamagedBundle, DamagedInput, NotEnoughRoom
+from moemerge.models.packed import PackedMatrix
+from moemerge.models.products import Int4Matrix, Int8Matrix, can_arrange_int4, can_multiply_int8
+from moemerge.refs import FolderRef
+from moemerge.runner.pool import CachedExpertPool, ExpertPool, load_pool, pool_bytes
+from moemerge.runner.request import Request
+from moemerge.runner.rows import EffectiveRows
+from moemerge.runner.weights import WeightStore
+from tests.bundles import NAMES, open_engine, run
+from tests.coded import bits, low_rank, write_coded
+from tests.factories import flip_byte, truncate, write_siblings
+from tests.unit.runner.test_pool import hidden
+
+CPU = torch.device("cpu")
+BF16_TOLERANCE = {"atol": 3e-2, "rtol": 3e-2}
+"""Coded products do not round their entries to bf16, effective experts do; outputs are near one."""
+POOL = [bits(8), None, bits(4, 32), bits(3, 16)]
+RESIDUALS = [None, bits(2, 16), low_rank(2)]
+
+
+@pytest.fixture(scope="module")
+def coded(mixtral_bundle, tmp_path_factory):
+    """Float32, codes of every kind."""
+    target = tmp_path_factory.mktemp("coded") / "x.moe"
+    return write_coded(mixtral_bundle, target, pool=POOL, residuals=RESIDUALS)
+
+
+@pytest.fixture(scope="module")
+def half_coded(half_bundle, tmp_path_factory):
+    """The same in bf16."""
+    target = tmp_path_factory.mktemp("half") / "x.moe"
+    return write_coded(half_bundle, target, pool=POOL, residuals=RESIDUALS)
+
+
+def pools_of(bundle, dtype=torch.float32):
+    """Whole and cached, with the residuals of all variants installed."""
+    store = WeightStore(bundle, NAMES, dtype, CPU)
+    whole, cached = ExpertPool(bundle, dtype, CPU), cached_pool(bundle, 2, dtype)
+    for name in NAMES:
+        transfer = store.prepare(name)
+        transfer.carry_out()
+        store.finish(transfer)
+        for pool in (whole, cached):
+            pool.rows.install(name, store.residuals(name))
+    return whole, cached
+
+
+def cached_pool(bundle, places, dtype=torch.float32):
+    """An arena for so many of the largest experts."""
+    plain = sum(rows * columns for rows, columns in bundle.manifest.parts.values()) * dtype.itemsize
+    return CachedExpertPool(bundle, dtype, CPU, arena_bytes=places * plain)
+
+
+def reference_output(bundle, variant, layer_index, slot, hidden_TD):
+    """What the slot's exported expert computes, in float32."""
+    parts = {}
+    with TensorReader() as reader:
+        for part, tensor in effective_parts(bundle, variant, layer_index)[slot].items():
+            if isinstance(tensor, StoredTensor):
+                parts[part] = reader.read(tensor).float()
+            else:
+                chunks = b"".join(bytes(chunk) for chunk in tensor.to_write(part, reader).chunks())
+                dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[tensor.dtype]
+                parts[part] = torch.frombuffer(bytearray(chunks), dtype=dtype).view(tensor.pool.shape).float()
+    x = hidden_TD.float()
+    return (functional.silu(x @ parts["gate"].T) * (x @ parts["up"].T)) @ parts["down"].T
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7])
+def test_slots_compute_with_their_exported_experts(num_tokens, coded):
+    x = hidden(num_tokens)
+    for pool in pools_of(coded):
+        for layer in coded.manifest.layers:
+            for number, name in enumerate(NAMES):
+                for slot, row in enumerate(pool.rows.maps(layer.index)[number]):
+                    output = pool.layers[layer.index].output(row, x)
+                    expected = reference_output(coded, name, layer.index, slot, x)
+                    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+        pool.verify_integrity()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64])
+def test_in_bf16_they_agree_within_rounding(num_tokens, half_coded):
+    x = hidden(num_tokens, torch.bfloat16)
+    for pool in pools_of(half_coded, torch.bfloat16):
+        for layer in half_coded.manifest.layers:
+            for number, name in enumerate(NAMES):
+                for slot, row in enumerate(pool.rows.maps(layer.index)[number]):
+                    output = pool.layers[layer.index].output(row, x)
+                    assert output.dtype == torch.bfloat16
+                    expected = reference_output(half_coded, name, layer.index, slot, x)
+                    torch.testing.assert_close(output.float(), expected, **BF16_TOLERANCE)
+
+
+def test_codes_stay_codes(half_coded):
+    pool = ExpertPool(half_coded, torch.bfloat16, CPU)
+    for layer in half_coded.manifest.layers:
+        for number, spec in enumerate(half_coded.layer(layer.index).codes):
+            held = pool.layers[layer.index].pool(number)
+            kind = torch.Tensor if spec is None else PackedMatrix
+            if spec == bits(8) and can_multiply_int8(torch.bfloat16, CPU):
+                kind = Int8Matrix
+            assert {type(matrix) for matrix in held.values()} == {kind}
+
+
+def test_the_whole_pool_takes_the_bytes_it_says(coded, half_coded):
+    for bundle, dtype in ((coded, torch.float32), (half_coded, torch.bfloat16), (half_coded, torch.float32)):
+        pool = ExpertPool(bundle, dtype, CPU)
+        held = sum(
+            matrix.nbytes
+            for layer in bundle.manifest.layers
+            for number in range(layer.num_experts)
+            for matrix in pool.layers[layer.index].pool(number).values()
+        )
+        assert pool.nbytes == pool_bytes(bundle, dtype) == held
+
+
+def test_what_fits_is_held_and_what_does_not_is_fetched(coded):
+    whole = pool_bytes(coded, torch.float32)
+    assert isinstance(load_pool(coded, torch.float32, CPU, memory_bytes=whole), ExpertPool)
+    cached = load_pool(coded, torch.float32, CPU, memory_bytes=whole - 1)
+    assert isinstance(cached, CachedExpertPool)
+    with pytest.raises(NotEnoughRoom, match="left for pool experts, one takes"):
+        load_pool(coded, torch.float32, CPU, memory_bytes=100)
+
+
+@pytest.mark.parametrize("places", [1, 2, 5])
+def test_the_arena_never_holds_more_bytes_than_it_may(places, coded):
+    pool = cached_pool(coded, places)
+    most, count = 0, 0
+    for _ in range(2):
+        for layer in coded.manifest.layers:
+            for number in range(layer.num_experts):
+                pool.expert(layer.index, number)
+                most, count = max(most, pool.nbytes), max(count, len(pool._held))
+                pool.verify_integrity()
+    assert most <= places * 3 * 32 * 48 * 4
+    assert count > places, "coded experts take less room"
+
+
+def test_integrity_check_finds_a_changed_code(half_coded):
+    pool = cached_pool(half_coded, 2, torch.bfloat16)
+    pool.expert(0, 0)
+    pool.verify_integrity()
+    next(iter(pool._held.values())).memory["down.codes"][3, 3] ^= 1
+    with pytest.raises(DamagedBundle, match="pool expert 0 of layer 0: down differs"):
+        pool.verify_integrity()
+
+
+def test_a_pool_file_that_became_shorter_is_an_error(coded, tmp_path):
+    copied = open_bundle(shutil.copytree(coded.folder, tmp_path / "x.moe"))
+    pool = cached_pool(copied, 2)
+    truncate(copied.folder / copied.layer(0).file, 0)
+    with pytest.raises(DamagedInput, match="pool"):
+        pool.expert(0, 0)
+
+
+def test_rows_are_pool_experts_and_behind_them_slots_with_a_residual(coded):
+    rows = EffectiveRows(coded)
+    for layer in coded.manifest.layers:
+        of_layer = rows.layers[layer.index]
+        assert of_layer.bases[: layer.num_experts] == tuple(range(layer.num_experts))
+        behind = []
+        for name, entry in coded.manifest.variants.items():
+            for slot, row in enumerate(of_layer.maps[name]):
+                assert of_layer.bases[row] == entry.maps[layer.index][slot]
+                if entry.residual(layer.index, slot) is None:
+                    assert row == entry.maps[layer.index][slot]
+                else:
+                    behind.append(row)
+        assert behind == list(range(layer.num_experts, len(of_layer.bases)))
+
+
+def store_of(bundle):
+    return WeightStore(bundle, NAMES, torch.float32, CPU)
+
+
+def load(store, variant, instead_of=()):
+    transfer = store.prepare(variant, instead_of)
+    swap = transfer.carry_out()
+    store.finish(transfer)
+    return swap
+
+
+def residual_bytes(bundle, variant):
+    layers = [bundle.residuals(variant, layer.index) for layer in bundle.manifest.layers]
+    return sum(m.nbytes for slots in layers for parts in slots if parts for m in parts.values())
+
+
+def test_residuals_move_with_their_variant_and_are_counted(coded, mixtral_bundle):
+    store, plain = store_of(coded), store_of(mixtral_bundle)
+    for name in NAMES:
+        extra = residual_bytes(coded, name)
+        assert extra > 0
+        assert store.set_bytes([name]) == plain.set_bytes([name]) + extra
+        assert store.stored_bytes(name) == plain.stored_bytes(name) + extra
+    load(store, "plain")
+    load(plain, "plain")
+    swap = load(store, "twin")
+    without = load(plain, "twin")
+    assert swap.moved_bytes == without.moved_bytes + residual_bytes(coded, "twin")
+    assert store.resident_bytes == store.set_bytes(["plain", "twin"])
+    store.verify_integrity(["plain", "twin"])
+    store.release("twin")
+    assert store.resident_bytes == store.set_bytes(["plain"])
+
+
+def test_residuals_are_held_as_they_are_stored_whatever_order_they_came_in(half_coded):
+    store, last = store_of(half_coded), []
+    for name in ("plain", "large", "twin", "plain", "odd", "large"):
+        load(store, name, last)
+        last = [name]
+        store.verify_integrity(last)
+        held = store.residuals(name)
+        for layer in half_coded.manifest.layers:
+            for slot, parts in enumerate(half_coded.map_residuals(name, layer.index)):
+                for part, matrix in (parts or {}).items():
+                    ours = held[layer.index, slot][part]
+                    assert type(ours) is type(matrix)
+                    assert ours.nbytes == matrix.nbytes
+                    assert torch.equal(ours.dense(), matrix.dense())
+
+
+def test_a_changed_residual_in_memory_is_found(coded):
+    store = store_of(coded)
+    load(store, "plain")
+    next(iter(next(iter(store.residuals("plain").values())).values())).codes[0, 0] ^= 1
+    with pytest.raises(DamagedBundle, match="residuals/plain"):
+        store.verify_integrity(["plain"])
+
+
+def test_a_residual_file_that_changed_underneath_is_found(coded, tmp_path):
+    copied = open_bundle(shutil.copytree(coded.folder, tmp_path / "x.moe"))
+    store = store_of(copied)
+    load(store, "odd")
+    flip_byte(copied.folder / "residuals" / "odd" / "layer-00000.safetensors", -3)
+    with pytest.raises(DamagedBundle, match="residuals/odd"):
+        store.verify_integrity(["odd"])
+
+
+def test_rows_of_a_variant_that_is_set_aside_are_gone(coded):
+    rows, store = EffectiveRows(coded), store_of(coded)
+    for name in ("plain", "twin"):
+        load(store, name)
+        rows.install(name, store.residuals(name))
+    rows.uninstall("plain")
+    for layer in rows.layers.values():
+        own = {row for row in layer.maps["twin"] if row >= layer.num_experts}
+        assert layer.residuals.keys() == own
+    rows.uninstall("twin")
+    assert not any(layer.residuals for layer in rows.layers.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"resident": "1", "min_hold_s": 0.0}, {"memory": 0.4}])
+def test_an_engine_answers_the_same_whoever_is_resident_and_however_the_pool_is_held(options, coded):
+    requests = [
+        Request(request_id=f"{name}{n}", variant=name, prompt_ids=(5, 9 + n, 33), max_tokens=8)
+        for n in range(2)
+        for name in NAMES
+    ]
+    share = options.pop("memory", None)
+    if share:
+        store = WeightStore(coded, NAMES, torch.float32, CPU)
+        pool = int(share * pool_bytes(coded, torch.float32))
+        options = {"device_memory": store.set_bytes(NAMES) + 2**17 + pool, "cache_memory": 2**17}
+    engine, usual = open_engine(coded, **options), open_engine(coded)
+    ours, theirs = run(engine, *requests), run(usual, *requests)
+    assert [answer.tokens for answer in ours] == [answer.tokens for answer in theirs]
+    assert (engine.snapshot().expert_misses > 0) == bool(share)
+    engine.verify_integrity()
+    for one in (engine, usual):
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def wide_coded(tmp_path_factory):
+    """Matrices large enough for the blocks of four-bit products."""
+    folder = tmp_path_factory.mktemp("wide")
+    _, tunes = write_siblings(folder, settings={"hidden_size": 64, "expert_size": 128})
+    variants = open_variants({name: FolderRef(path) for name, path in tunes.items()})
+    merge(variants, folder / "plain.moe", options_of("exact", None, within=False))
+    source = open_bundle(folder / "plain.moe")
+    return write_coded(source, folder / "x.moe", pool=[bits(4, 32)], residuals=[None, None, bits(2, 32)])
+
+
+@pytest.mark.skipif(not can_arrange_int4(4, 32, (64, 64), torch.bfloat16, CPU), reason="no int4 product")
+@pytest.mark.parametrize("num_tokens", [1, 100])
+def test_four_bits_are_arranged_where_shapes_allow_and_counted_as_such(num_tokens, wide_coded):
+    bundle, store = wide_coded, WeightStore(wide_coded, ["code"], torch.bfloat16, CPU)
+    load(store, "code")
+    pool = ExpertPool(bundle, torch.bfloat16, CPU)
+    pool.rows.install("code", store.residuals("code"))
+    held = [m for layer in pool.layers.values() for n in range(5) for m in layer.pool(n).values()]
+    assert {type(matrix) for matrix in held} == {Int4Matrix}
+    assert sum(matrix.nbytes for matrix in held) == pool.nbytes
+    x = torch.randn(num_tokens, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for layer in bundle.manifest.layers:
+        for slot, row in enumerate(pool.rows.maps(layer.index)[0]):
+            expected = reference_output(bundle, "code", layer.index, slot, x)
+            output = pool.layers[layer.index].output(row, x).float()
+            torch.testing.assert_close(output, expected, **BF16_TOLERANCE)
