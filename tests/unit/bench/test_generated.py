@@ -56,7 +56,7 @@ def test_a_generated_bundle_is_whole_and_takes_the_experts_of_one_variant(tmp_pa
     generated = generate(TINY, 3, tmp_path)
     bundle = verify_bundle(generated.bundle)
     assert list(bundle.manifest.variants) == ["variant-0", "variant-1", "variant-2"]
-    assert bundle.manifest.bytes_ratio == 1.0
+    assert bundle.manifest.pool_bytes == bundle.manifest.variant_bytes
     entries = bundle.manifest.variants.values()
     assert all(set(entry.tensors.values()) == {f"variants/{v}/tensors.safetensors"}
                for v, entry in bundle.manifest.variants.items())  # fmt: skip
