@@ -99,7 +99,7 @@ class Scratch:
         if "gate" in shapes:
             (num_gate, width), (num_up, _) = shapes.pop("gate"), shapes.pop("up")
             both = torch.empty(num_gate + num_up, width, dtype=dtype, device=device)
-            self.tensors["gate_up"] = both
+            self.tensors["gate_up"] = self.targets["gate_up"] = both
             self.targets |= {"gate": both[:num_gate], "up": both[num_gate:]}
         for part, shape in shapes.items():
             self.tensors[part] = self.targets[part] = torch.empty(shape, dtype=dtype, device=device)
@@ -110,7 +110,8 @@ class EffectiveLayer:
     """A `PoolLayer` whose rows are effective experts: the pool experts, then those with a residual.
 
     Attributes:
-        pool: From a pool index to the parts of that expert, plain or coded.
+        pool: From a pool index to the parts of that expert, plain or coded; `gate_up` may stand for two of
+            them where no residual is added.
         bases: Pool expert of each row; the first rows are the pool experts themselves, in their order.
         num_experts: Pool experts.
         residuals: Parts by row; of each row behind the pool experts, while somebody may ask for it.
@@ -133,8 +134,9 @@ class EffectiveLayer:
         residual = self.residuals[pool_index] if pool_index >= self.num_experts else None
         multiplied = None if residual else _multiplied(parts, len(hidden_TD))
         if multiplied is None:
-            for part, target in self.scratch.targets.items():
-                fill_effective(target, parts[part], residual[part] if residual else None, self.dtype)
+            for part, matrix in parts.items():
+                added = residual[part] if residual else None
+                fill_effective(self.scratch.targets[part], matrix, added, self.dtype)
             multiplied = self.scratch.tensors
         return ACTIVATIONS[self.activation](OneVariant(multiplied), "", hidden_TD)
 

@@ -21,6 +21,7 @@ INT8_ROWS = 8
 INT4_ROWS = 8
 """The same for four bits."""
 INT4_GROUPS = (32, 64, 128, 256)
+_INT16_PEAK, _INT16_MIDDLE = 32767, 32768
 _INT4_BLOCK = 64
 """Rows of a four-bit matrix come in multiples of this; a CPU's own blocks are as long, or half of it."""
 
@@ -136,7 +137,73 @@ class Int4Matrix:
         return product
 
 
-Multiplied = Int8Matrix | Int4Matrix
+@dataclass(frozen=True, slots=True)
+class Int8Blocks:
+    """An `Int8Matrix` in the blocks of the CPU's integer kernels, which read it half as fast again.
+
+    Hidden states are cut into two bytes, 15 bits of the largest of a row, finer than what bf16 keeps of it.
+
+    Attributes:
+        blocks: Entries, int8 [D, N] in oneDNN's layout.
+        scales: Float32 [N].
+        offsets: What cancels that bytes of hidden states have no sign, float32 [N].
+    """
+
+    blocks: Tensor
+    scales: Tensor
+    offsets: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, D]."""
+        return self.blocks.shape[1], self.blocks.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.scales.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of blocks, scales and offsets."""
+        return self.blocks.nbytes + self.scales.nbytes + self.offsets.nbytes
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of hidden states up to which `multiply` is the faster way: it always is."""
+        return 2**31
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [N, D]; the same bits as of the codes."""
+        return self._unblocked().dense(dtype)
+
+    def rows(self, start: int, stop: int) -> Int8Matrix:
+        """Rows from `start` to before `stop`; takes as long as all of them."""
+        return self._unblocked().rows(start, stop)
+
+    def multiply(self, hidden_TD: Tensor) -> Tensor:
+        """`hidden matrix^T`, [T, N]."""
+        num_tokens, width = hidden_TD.shape
+        peak_T1 = torch.linalg.vector_norm(hidden_TD, float("inf"), 1, keepdim=True, dtype=torch.float32)
+        step_T1 = peak_T1.clamp_min_(1e-30) / _INT16_PEAK
+        steps_TD = hidden_TD / step_T1
+        # From minus to plus the peak as numbers from 1 to 65535, low bytes of all tokens before high bytes.
+        words_TD = (steps_TD + (_INT16_MIDDLE + 0.5)).to(torch.int32)
+        bytes_TD4 = words_TD.view(torch.uint8).view(num_tokens, width, 4)
+        low_and_high = bytes_TD4[:, :, :2].permute(2, 0, 1).reshape(2 * num_tokens, width)
+        product = torch.ops.onednn.qlinear_pointwise(
+            low_and_high, 1.0, 0, self.blocks, self.scales, torch.zeros_like(self.scales, dtype=torch.int64),
+            self.offsets, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        sum_TN = torch.add(product[:num_tokens], product[num_tokens:], alpha=256)
+        sum_TN.addcmul_(steps_TD.sum(dim=1, keepdim=True).mul_(0.5), self.scales)
+        return sum_TN.mul_(step_T1).to(hidden_TD.dtype)
+
+    def _unblocked(self) -> Int8Matrix:
+        return Int8Matrix(self.blocks.to_dense().T, self.scales.unsqueeze(1))
+
+
+Multiplied = Int8Matrix | Int8Blocks | Int4Matrix
 """Coded matrices with a product of their own.
 
 This is where a fused kernel for a device goes: a class with `multiply` and `max_rows` beside what every
@@ -145,15 +212,20 @@ matrix.
 """
 
 
-def arrange(matrix: PackedMatrix, dtype: torch.dtype) -> PackedMatrix | Multiplied:
+def arrange(matrix: PackedMatrix, dtype: torch.dtype, *, in_place: bool = False) -> PackedMatrix | Multiplied:
     """The matrix as the product of its device in that dtype takes it, or itself where there is none.
 
-    It may write over the codes, and the result shares memory with them where it is no larger.
+    Args:
+        matrix: May be written over; the result shares memory with it where it is no larger.
+        dtype: Of hidden states.
+        in_place: Only what takes neither time nor memory; rows can then be unpacked one by one.
     """
-    num_groups = matrix.scales.shape[1]
-    if matrix.bits == 8 and num_groups == 1 and can_multiply_int8(dtype, matrix.device):
-        return Int8Matrix(matrix.codes.view(torch.int8).bitwise_xor_(-128), matrix.scales)
-    if can_arrange_int4(matrix.bits, matrix.group, matrix.shape, dtype, matrix.device):
+    if matrix.bits == 8 and matrix.scales.shape[1] == 1:
+        if not in_place and can_multiply_blocks(dtype, matrix.device):
+            return _int8_blocks(matrix)
+        if can_multiply_int8(dtype, matrix.device):
+            return Int8Matrix(matrix.codes.view(torch.int8).bitwise_xor_(-128), matrix.scales)
+    if not in_place and can_arrange_int4(matrix.bits, matrix.group, matrix.shape, dtype, matrix.device):
         codes_ND = unpack(matrix.codes, 4).to(torch.int32)
         scales = matrix.scales.T.unsqueeze(2)
         return Int4Matrix(
@@ -165,13 +237,50 @@ def arrange(matrix: PackedMatrix, dtype: torch.dtype) -> PackedMatrix | Multipli
 
 
 def arranged_bytes(
-    bits: int, group: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    bits: int,
+    group: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    in_place: bool = False,
 ) -> int:
     """Bytes of a packed matrix of this kind, with scales in bf16, after `arrange`."""
     num_rows, num_columns = shape
     scales = 2 * num_rows * -(-num_columns // group)
-    doubled = can_arrange_int4(bits, group, shape, dtype, device)
-    return num_rows * code_bytes(bits, num_columns) + scales * (2 if doubled else 1)
+    if not in_place and bits == 8 and group >= num_columns and can_multiply_blocks(dtype, device):
+        scales *= 4
+    elif not in_place and can_arrange_int4(bits, group, shape, dtype, device):
+        scales *= 2
+    return num_rows * code_bytes(bits, num_columns) + scales
+
+
+def _int8_blocks(matrix: PackedMatrix) -> Int8Blocks:
+    entries_ND = matrix.codes.view(torch.int8) ^ -128
+    scales = matrix.scales.squeeze(1).to(torch.float32)
+    # Added to the products of low and of high bytes, and so to their sum 1 + 256 times.
+    offsets = entries_ND.sum(dim=1, dtype=torch.float64) * scales.to(torch.float64) * (-_INT16_MIDDLE / 257)
+    blocks = torch.ops.onednn.qlinear_prepack(entries_ND, None)
+    return Int8Blocks(blocks, scales, offsets.to(torch.float32))
+
+
+def can_multiply_blocks(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a product for `Int8Blocks`."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and _has_exact_bytes()
+
+
+@cache
+def _has_exact_bytes() -> bool:
+    """Whether products of bytes are there and exact; on older CPUs sums of two of them overflow."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    scales = torch.ones(64, dtype=torch.bfloat16).unsqueeze(1)
+    largest = torch.full((64, 64), 255, dtype=torch.uint8)
+    try:
+        product = _int8_blocks(PackedMatrix(largest, scales, 8, 64)).multiply(torch.ones(1, 64))
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool((product - 64 * 127.5).abs().max() < 0.01 * 64)
 
 
 def can_multiply_int8(dtype: torch.dtype, device: torch.device) -> bool:

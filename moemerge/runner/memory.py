@@ -88,7 +88,7 @@ def plan_memory(
             f"({format_size(resident_bytes)}) and the key/value cache "
             f"({format_size(num_blocks * block_bytes)}). Give more, or fewer residents"
         )
-    fits = left >= pool_bytes(bundle, store.dtype, store.device)
+    fits = left >= pool_bytes(bundle, store.dtype, store.device, is_packed=options.pack)
     return MemoryPlan(num_blocks, None if fits else left, resident_bytes)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moemerge.bundle.coded import StoredCodes, StoredMatrix
-from moemerge.bundle.reader import Bundle
+from moemerge.bundle.reader import Bundle, PoolParts
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TORCH_DTYPES, require_mapped
 from moemerge.errors import DamagedBundle, NotEnoughRoom
@@ -41,8 +41,8 @@ class ExpertPool:
     ) -> None:
         self.is_packed = is_packed and can_pack(dtype, device)
         self.rows = EffectiveRows(bundle)
-        self.nbytes = pool_bytes(bundle, dtype, device)
-        self._dtype, self._device = dtype, device
+        self.nbytes = pool_bytes(bundle, dtype, device, is_packed=is_packed)
+        self._dtype, self._device, self._rearranges = dtype, device, is_packed
         activation, scratch = activation_of(bundle), _scratch_of(bundle, dtype, device)
         self.layers: dict[int, PoolLayer] = {}
         for layer in bundle.manifest.layers:
@@ -65,7 +65,10 @@ class ExpertPool:
 
     def _load(self, stored: dict[str, Matrix], *, is_base: bool) -> HeldParts:
         if any(isinstance(matrix, PackedMatrix) for matrix in stored.values()):
-            return {part: self._load_coded(matrix) for part, matrix in stored.items()}
+            coded = _all_coded(stored)
+            if not is_base:
+                coded = _fused_codes(coded)
+            return {part: self._load_coded(matrix, is_base=is_base) for part, matrix in coded.items()}
         plain = _all_plain(stored)
         if is_base:
             return {part: tensor.to(device=self._device, copy=True) for part, tensor in plain.items()}
@@ -79,10 +82,10 @@ class ExpertPool:
             }
         return {part: pack(tensor) for part, tensor in _fused(stored).items()}
 
-    def _load_coded(self, matrix: Matrix) -> Coded:
-        assert isinstance(matrix, PackedMatrix)
+    def _load_coded(self, matrix: PackedMatrix, *, is_base: bool) -> Coded:
         codes, scales = (t.to(device=self._device, copy=True) for t in (matrix.codes, matrix.scales))
-        return arrange(PackedMatrix(codes, scales, matrix.bits, matrix.group), self._dtype)
+        held = PackedMatrix(codes, scales, matrix.bits, matrix.group)
+        return arrange(held, self._dtype, in_place=is_base or not self._rearranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +201,7 @@ class CachedExpertPool:
         """Bytes that each pool expert of a layer takes in the arena."""
         rows = self.rows.layers[layer_index]
         return [
-            sum(_plain_bytes(matrix, self._dtype, number in rows.residual_bases) for matrix in parts.values())
+            sum(plain_bytes(matrix, self._dtype, number in rows.residual_bases) for matrix in parts.values())
             for number, parts in enumerate(self._sources[layer_index])
         ]
 
@@ -259,8 +262,7 @@ class CachedExpertPool:
             codes.copy_(matrix.codes)
             scales.copy_(matrix.scales)
             held = PackedMatrix(codes, scales, matrix.bits, matrix.group)
-            # Only what takes no time and no memory: other layouts pay where experts stay.
-            parts[part] = arrange(held, self._dtype) if matrix.bits == 8 else held
+            parts[part] = arrange(held, self._dtype, in_place=True)
         return _Held(memory, parts)
 
 
@@ -277,20 +279,27 @@ def load_pool(
     Raises:
         NotEnoughRoom: Not even one pool expert fits.
     """
-    if memory_bytes is None or pool_bytes(bundle, dtype, device) <= memory_bytes:
+    if memory_bytes is None or pool_bytes(bundle, dtype, device, is_packed=is_packed) <= memory_bytes:
         return ExpertPool(bundle, dtype, device, is_packed=is_packed)
     return CachedExpertPool(bundle, dtype, device, arena_bytes=memory_bytes)
 
 
-def pool_bytes(bundle: Bundle, dtype: torch.dtype, device: torch.device | None = None) -> int:
+def pool_bytes(
+    bundle: Bundle, dtype: torch.dtype, device: torch.device | None = None, *, is_packed: bool = True
+) -> int:
     """Bytes of all pool experts when plain ones are held in that dtype, on that device (a CPU)."""
     device, rows = device or torch.device("cpu"), EffectiveRows(bundle)
-    return sum(
-        _arranged_bytes(matrix, dtype, device, number in rows.layers[layer.index].residual_bases)
-        for layer in bundle.manifest.layers
-        for number, parts in enumerate(bundle.pool(layer.index))
-        for matrix in parts.values()
-    )
+    total = 0
+    for layer in bundle.manifest.layers:
+        for number, parts in enumerate(bundle.pool(layer.index)):
+            is_base = number in rows.layers[layer.index].residual_bases
+            if layer.code(number) is None:
+                total += sum(plain_bytes(matrix, dtype, is_base) for matrix in parts.values())
+            else:
+                total += _coded_bytes(
+                    parts, dtype, device, is_base=is_base, in_place=is_base or not is_packed
+                )
+    return total
 
 
 def activation_of(bundle: Bundle) -> Activation:
@@ -307,18 +316,23 @@ def _scratch_of(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Scr
     return Scratch(shapes, dtype, device)
 
 
-def _plain_bytes(matrix: StoredMatrix, dtype: torch.dtype, is_base: bool) -> int:
+def plain_bytes(matrix: StoredMatrix, dtype: torch.dtype, is_base: bool) -> int:
     """Bytes of a part in memory: plain ones in the dtype of computing, unless something is added to them."""
     if isinstance(matrix, StoredTensor) and not is_base:
         return matrix.num_elements * dtype.itemsize
     return matrix.nbytes
 
 
-def _arranged_bytes(matrix: StoredMatrix, dtype: torch.dtype, device: torch.device, is_base: bool) -> int:
-    """The same in the layout that its product takes."""
-    if isinstance(matrix, StoredCodes):
-        return arranged_bytes(matrix.bits, matrix.group, matrix.shape, dtype, device)
-    return _plain_bytes(matrix, dtype, is_base)
+def _coded_bytes(
+    parts: PoolParts, dtype: torch.dtype, device: torch.device, *, is_base: bool, in_place: bool
+) -> int:
+    """Bytes of a coded expert in the layout that its product takes."""
+    codes = {part: matrix for part, matrix in parts.items() if isinstance(matrix, StoredCodes)}
+    forms = {part: (matrix.bits, matrix.group, matrix.shape) for part, matrix in codes.items()}
+    if "gate" in forms and not is_base:
+        (bits, group, (num_gate, width)), (_, _, (num_up, _)) = forms.pop("gate"), forms.pop("up")
+        forms["gate_up"] = (bits, group, (num_gate + num_up, width))
+    return sum(arranged_bytes(*form, dtype, device, in_place=in_place) for form in forms.values())
 
 
 def _has_values_of(held: Tensor | Coded, stored: Matrix) -> bool:
@@ -329,6 +343,19 @@ def _has_values_of(held: Tensor | Coded, stored: Matrix) -> bool:
 
 def _all_plain(parts: Mapping[str, Matrix]) -> Parts:
     return {part: matrix for part, matrix in parts.items() if isinstance(matrix, Tensor)}
+
+
+def _all_coded(parts: Mapping[str, Matrix]) -> dict[str, PackedMatrix]:
+    return {part: matrix for part, matrix in parts.items() if isinstance(matrix, PackedMatrix)}
+
+
+def _fused_codes(parts: dict[str, PackedMatrix]) -> dict[str, PackedMatrix]:
+    if "gate" not in parts:
+        return parts
+    gate, up = parts["gate"], parts["up"]
+    codes, scales = torch.cat((gate.codes, up.codes)), torch.cat((gate.scales, up.scales))
+    rest = {part: matrix for part, matrix in parts.items() if part not in ("gate", "up")}
+    return {"gate_up": PackedMatrix(codes, scales, gate.bits, gate.group), **rest}
 
 
 def _fused(parts: Mapping[str, Tensor]) -> Parts:
