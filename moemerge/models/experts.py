@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moemerge.models.layouts import Multiplied
 from moemerge.models.packed import Coded, fill_effective
-from moemerge.models.products import Multiplied
 from moemerge.models.routing import Route
 from moemerge.models.weights import OneVariant, Weights
 

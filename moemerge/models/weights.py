@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moemerge.models.layouts import Multiplied
 from moemerge.models.norm import rms_norm, unit_mean_square
-from moemerge.models.products import Multiplied, multiply
+from moemerge.models.products import multiply
 
 
 class Weights(Protocol):

@@ -31,7 +31,8 @@ from moemerge.models import (
 )
 from moemerge.runner.blocks import BlockTable
 from moemerge.runner.cache import BlockCache, BlockKeys, CacheGeometry
-from moemerge.runner.pool import CachedExpertPool, ExpertPool
+from moemerge.runner.cached_pool import CachedExpertPool
+from moemerge.runner.pool import ExpertPool
 from moemerge.runner.rows import VariantResiduals
 from moemerge.runner.scheduler import Work
 from moemerge.runner.sequence import Sequence as Running

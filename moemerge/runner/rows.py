@@ -7,6 +7,7 @@ Residuals belong to their variant: they are installed and set aside with it.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from moemerge.bundle.manifest import PoolLayer as StoredLayer
@@ -83,6 +84,20 @@ def effective_layer(
         scratch=scratch,
         activation=activation,
     )
+
+
+def activation_of(bundle: Bundle) -> Activation:
+    """Form of the experts; the same in every variant, whose settings must agree on it."""
+    first = next(iter(bundle.manifest.variants.values()))
+    return Activation(str(first.settings["activation"]))
+
+
+def scratch_of(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Scratch | None:
+    """Memory to unpack experts in, if there are any to unpack."""
+    if not any(needs_effective(bundle, layer) for layer in bundle.manifest.layers):
+        return None
+    shapes = {part: (rows, columns) for part, (rows, columns) in bundle.manifest.parts.items()}
+    return Scratch(shapes, dtype, device)
 
 
 def _layer_rows(bundle: Bundle, layer: StoredLayer) -> LayerRows:

@@ -164,7 +164,7 @@ def test_same_folder_twice_is_allowed_and_told(tmp_path):
     assert outcome.code == 0
     assert "a, b: are the same checkpoint" in outcome.err
     shown = call_program("show", "./twice.moe", "--json", cwd=tmp_path).envelope["data"]
-    assert shown["bytes_ratio"] == 1
+    assert shown["bytes_ratio"] == pytest.approx(1, abs=0.01), "and the maps"
     assert {facts["worst_error"] for facts in shown["variants"].values()} == {0}
     assert {facts["own_bytes"] for facts in shown["variants"].values()} == {0}
 

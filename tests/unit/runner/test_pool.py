@@ -9,7 +9,8 @@ from torch.nn import functional
 from moemerge.bundle.reader import open_bundle
 from moemerge.errors import DamagedBundle, DamagedInput, NotEnoughRoom
 from moemerge.models.products import can_pack
-from moemerge.runner.pool import CachedExpertPool, ExpertPool, load_pool, pool_bytes
+from moemerge.runner.cached_pool import CachedExpertPool
+from moemerge.runner.pool import ExpertPool, load_pool, pool_bytes
 from tests.factories import flip_byte, truncate
 
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.recipe import options_of
 from moemerge.errors import DamagedBundle, DamagedInput, NotEnoughRoom
+from moemerge.models.layouts import Int4Matrix, Int8Blocks, Int8Matrix, can_arrange_int4
 from moemerge.models.packed import PackedMatrix
-from moemerge.models.products import Int4Matrix, Int8Blocks, Int8Matrix, can_arrange_int4
 from moemerge.refs import FolderRef
-from moemerge.runner.pool import CachedExpertPool, ExpertPool, load_pool, pool_bytes
+from moemerge.runner.cached_pool import CachedExpertPool
+from moemerge.runner.pool import ExpertPool, load_pool, pool_bytes
 from moemerge.runner.request import Request
 from moemerge.runner.rows import EffectiveRows
 from moemerge.runner.weights import WeightStore

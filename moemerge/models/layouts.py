@@ -1,0 +1,329 @@
+"""Coded matrices in the layouts that a device multiplies without unpacking them.
+
+All have the entries of their codes bit for bit; a product may round elsewhere than one with these entries.
+Knows nothing of what the matrices are for.
+
+Shapes: T rows of hidden states, N rows and D columns of the matrix, G groups of columns.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moemerge.models.packed import PackedMatrix, code_bytes, scale_columns, unpack
+
+INT8_ROWS = 48
+"""Rows of hidden states up to which an `Int8Matrix` is multiplied faster than it is unpacked.
+
+[3584, 1024], 2 threads of an EPYC with AVX-512, torch 2.13: product of 32 rows 2.0 ms, of 64 rows 3.9 ms;
+unpacking 1.3 to 1.9 ms, plain product of 32 rows 0.9 to 1.1 ms, of 64 rows 1.5 ms.
+"""
+INT4_ROWS = 96
+"""The same for an `Int4Matrix`: product of 64 rows 2.7 ms; unpacking 2.4 ms, plain product 1.5 ms.
+
+[7168, 1024], not in the cache: one row takes 0.23 ms, of bf16 in blocks 0.55 ms; from 4 rows on the same.
+"""
+INT4_GROUPS = (32, 64, 128, 256)
+_INT16_PEAK, _INT16_MIDDLE = 32767, 32768
+_INT4_BLOCK = 64
+"""Rows of a four-bit matrix come in multiples of this; a CPU's own blocks are as long, or half of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Matrix:
+    """Codes of eight bits with one scale per row, as torch multiplies them: entry `(e + 1/2) * scale`.
+
+    Attributes:
+        entries: Codes minus 128, int8 [N, D].
+        scales: [N, 1].
+    """
+
+    entries: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, D]."""
+        return self.entries.shape[0], self.entries.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.entries.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of entries and scales."""
+        return self.entries.nbytes + self.scales.nbytes
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of hidden states up to which `multiply` is the faster way."""
+        return INT8_ROWS
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [N, D]; the same bits as of the codes."""
+        values_ND = self.entries.to(torch.float32)
+        values_ND += 0.5
+        return values_ND.mul_(self.scales.to(torch.float32)).to(dtype)
+
+    def rows(self, start: int, stop: int) -> "Int8Matrix":
+        """Rows from `start` to before `stop`, or to the end."""
+        return Int8Matrix(self.entries[start:stop], self.scales[start:stop])
+
+    def multiply(self, hidden_TD: Tensor) -> Tensor:
+        """`hidden matrix^T`, [T, N]; the product of the entries and that of the halves are rounded apart."""
+        scales_N = self.scales.squeeze(1)
+        product_TN = torch._weight_int8pack_mm(hidden_TD, self.entries, scales_N)
+        half_T1 = hidden_TD.sum(dim=1, keepdim=True, dtype=torch.float32).mul_(0.5).to(hidden_TD.dtype)
+        return torch.addcmul(product_TN, half_T1, scales_N)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Matrix:
+    """Codes of four bits in the blocks that torch multiplies on a CPU: entry `(code - 8) * scale + zero`.
+
+    Attributes:
+        blocks: Bytes [N, D / 2]: for `block` rows at a time and each column, the first half of the rows in
+            the low and the second half in the high bits.
+        scales: Scales, and halves of them as zeros, [G, N, 2].
+        block: Rows of a block.
+    """
+
+    blocks: Tensor
+    scales: Tensor
+    block: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, D]."""
+        return self.blocks.shape[0], self.blocks.shape[1] * 2
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.blocks.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of blocks and scales."""
+        return self.blocks.nbytes + self.scales.nbytes
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.shape[1] // self.scales.shape[0]
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of hidden states up to which `multiply` is the faster way."""
+        return INT4_ROWS
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [N, D]; the same bits as of the codes."""
+        num_rows, num_columns = self.shape
+        bytes_BDH = self.blocks.reshape(-1, num_columns, self.block // 2).transpose(1, 2)
+        codes_BRD = torch.cat((bytes_BDH & 15, bytes_BDH >> 4), dim=1)
+        values_ND = codes_BRD.reshape(num_rows, num_columns).to(torch.float32)
+        values_ND -= 7.5
+        return scale_columns(values_ND, self.scales[:, :, 0].T, self.group).to(dtype)
+
+    def rows(self, start: int, stop: int) -> "Int4Matrix":
+        """Rows from `start` to before `stop`; whole blocks."""
+        assert start % self.block == 0
+        assert stop % self.block == 0
+        return Int4Matrix(self.blocks[start:stop], self.scales[:, start:stop], self.block)
+
+    def multiply(self, hidden_TD: Tensor) -> Tensor:
+        """`hidden matrix^T`, [T, N]."""
+        product: Tensor = torch._weight_int4pack_mm_for_cpu(hidden_TD, self.blocks, self.group, self.scales)
+        return product
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Blocks:
+    """An `Int8Matrix` in the blocks of the CPU's integer kernels, whose time grows less with rows.
+
+    [7168, 1024], as at `INT8_ROWS`: 1 row takes 0.50 ms either way (bf16 in blocks 0.55), 8 rows 0.65 ms
+    instead of 1.63.
+
+    Hidden states are cut into two bytes, 15 bits of the largest of a row, finer than what bf16 keeps of it.
+
+    Attributes:
+        blocks: Entries, int8 [D, N] in oneDNN's layout.
+        scales: Float32 [N].
+        offsets: What cancels that bytes of hidden states have no sign, float32 [N].
+    """
+
+    blocks: Tensor
+    scales: Tensor
+    offsets: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, D]."""
+        return self.blocks.shape[1], self.blocks.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.scales.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of blocks, scales and offsets."""
+        return self.blocks.nbytes + self.scales.nbytes + self.offsets.nbytes
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of hidden states up to which `multiply` is the faster way: it always is."""
+        return 2**31
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [N, D]; the same bits as of the codes."""
+        return self._unblocked().dense(dtype)
+
+    def rows(self, start: int, stop: int) -> Int8Matrix:
+        """Rows from `start` to before `stop`; takes as long as all of them."""
+        return self._unblocked().rows(start, stop)
+
+    def multiply(self, hidden_TD: Tensor) -> Tensor:
+        """`hidden matrix^T`, [T, N]."""
+        num_tokens, width = hidden_TD.shape
+        peak_T1 = torch.linalg.vector_norm(hidden_TD, float("inf"), 1, keepdim=True, dtype=torch.float32)
+        step_T1 = peak_T1.clamp_min_(1e-30) / _INT16_PEAK
+        steps_TD = hidden_TD / step_T1
+        # From minus to plus the peak as numbers from 1 to 65535, low bytes of all tokens before high bytes.
+        words_TD = (steps_TD + (_INT16_MIDDLE + 0.5)).to(torch.int32)
+        bytes_TD4 = words_TD.view(torch.uint8).view(num_tokens, width, 4)
+        low_and_high = bytes_TD4[:, :, :2].permute(2, 0, 1).reshape(2 * num_tokens, width)
+        product = torch.ops.onednn.qlinear_pointwise(
+            low_and_high, 1.0, 0, self.blocks, self.scales, torch.zeros_like(self.scales, dtype=torch.int64),
+            self.offsets, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        sum_TN = torch.add(product[:num_tokens], product[num_tokens:], alpha=256)
+        sum_TN.addcmul_(steps_TD.sum(dim=1, keepdim=True).mul_(0.5), self.scales)
+        return sum_TN.mul_(step_T1).to(hidden_TD.dtype)
+
+    def _unblocked(self) -> Int8Matrix:
+        return Int8Matrix(self.blocks.to_dense().T, self.scales.unsqueeze(1))
+
+
+Multiplied = Int8Matrix | Int8Blocks | Int4Matrix
+"""Coded matrices with a product of their own.
+
+This is where a fused kernel for a device goes: a class with `multiply` and `max_rows` beside what every
+coded matrix has, and a place in `arrange`. All else is unpacked (`fill_effective`) and multiplied as a plain
+matrix.
+"""
+
+
+def arrange(matrix: PackedMatrix, dtype: torch.dtype, *, in_place: bool = False) -> PackedMatrix | Multiplied:
+    """The matrix as the product of its device in that dtype takes it, or itself where there is none.
+
+    Args:
+        matrix: May be written over; the result shares memory with it where it is no larger.
+        dtype: Of hidden states.
+        in_place: Only what takes neither time nor memory; rows can then be unpacked one by one.
+    """
+    if matrix.bits == 8 and matrix.scales.shape[1] == 1:
+        if not in_place and can_multiply_blocks(dtype, matrix.device):
+            return _int8_blocks(matrix)
+        if can_multiply_int8(dtype, matrix.device):
+            return Int8Matrix(matrix.codes.view(torch.int8).bitwise_xor_(-128), matrix.scales)
+    if not in_place and can_arrange_int4(matrix.bits, matrix.group, matrix.shape, dtype, matrix.device):
+        codes_ND = unpack(matrix.codes, 4).to(torch.int32)
+        scales = matrix.scales.T.unsqueeze(2)
+        return Int4Matrix(
+            torch._convert_weight_to_int4pack_for_cpu(codes_ND, 2),
+            torch.cat((scales, scales * 0.5), dim=2).contiguous(),
+            _int4_block() or 0,
+        )
+    return matrix
+
+
+def arranged_bytes(
+    bits: int,
+    group: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    in_place: bool = False,
+) -> int:
+    """Bytes of a packed matrix of this kind, with scales in bf16, after `arrange`."""
+    num_rows, num_columns = shape
+    scales = 2 * num_rows * -(-num_columns // group)
+    if not in_place and bits == 8 and group >= num_columns and can_multiply_blocks(dtype, device):
+        scales *= 4
+    elif not in_place and can_arrange_int4(bits, group, shape, dtype, device):
+        scales *= 2
+    return num_rows * code_bytes(bits, num_columns) + scales
+
+
+def _int8_blocks(matrix: PackedMatrix) -> Int8Blocks:
+    entries_ND = matrix.codes.view(torch.int8) ^ -128
+    scales = matrix.scales.squeeze(1).to(torch.float32)
+    # Added to the products of low and of high bytes, and so to their sum 1 + 256 times.
+    offsets = entries_ND.sum(dim=1, dtype=torch.float64) * scales.to(torch.float64) * (-_INT16_MIDDLE / 257)
+    blocks = torch.ops.onednn.qlinear_prepack(entries_ND, None)
+    return Int8Blocks(blocks, scales, offsets.to(torch.float32))
+
+
+def can_multiply_blocks(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a product for `Int8Blocks`."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and _has_exact_bytes()
+
+
+@cache
+def _has_exact_bytes() -> bool:
+    """Whether products of bytes are there and exact; on older CPUs sums of two of them overflow."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    scales = torch.ones(64, dtype=torch.bfloat16).unsqueeze(1)
+    largest = torch.full((64, 64), 255, dtype=torch.uint8)
+    try:
+        product = _int8_blocks(PackedMatrix(largest, scales, 8, 64)).multiply(torch.ones(1, 64))
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool((product - 64 * 127.5).abs().max() < 0.01 * 64)
+
+
+def can_multiply_int8(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a product for `Int8Matrix`."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm")
+
+
+def can_arrange_int4(
+    bits: int, group: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether there is a product for codes of this kind in an `Int4Matrix`."""
+    return (
+        bits == 4
+        and group in INT4_GROUPS
+        and shape[0] % _INT4_BLOCK == 0
+        and shape[1] % group == 0
+        and dtype == torch.bfloat16
+        and device.type == "cpu"
+        and _int4_block() is not None
+    )
+
+
+@cache
+def _int4_block() -> int | None:
+    """Rows of the blocks that this CPU's four-bit product reads; None where it has none, or other ones."""
+    if not hasattr(torch, "_weight_int4pack_mm_for_cpu"):
+        return None
+    codes_ND = torch.arange(2 * _INT4_BLOCK * 32, dtype=torch.int32).view(-1, 32) * 7 // 5 % 16
+    try:
+        packed = torch._convert_weight_to_int4pack_for_cpu(codes_ND, 2)
+    except RuntimeError:
+        return None
+    expected = codes_ND.to(torch.float32) - 7.5
+    scales = torch.tensor([1.0, 0.5], dtype=torch.bfloat16).repeat(1, len(codes_ND), 1)
+    for block in (_INT4_BLOCK, _INT4_BLOCK // 2):
+        if torch.equal(Int4Matrix(packed, scales, block).dense(), expected):
+            return block
+    return None
