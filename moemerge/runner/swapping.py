@@ -113,7 +113,7 @@ class Swapper:
             raise Busy(f"there is no room for variant {variant} beside those busy or pinned; try again later")
         transfer = self._prepare(variant, evict, now_s)
         with self._undone_on_failure(variant):
-            swap = transfer.carry_out()  # nothing else is computed meanwhile, so no other thread is needed
+            swap = transfer.carry_out(is_alone=True)
         self._install(transfer, swap, now_s)
         return swap
 

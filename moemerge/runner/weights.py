@@ -76,8 +76,11 @@ class Transfer:
         """Bytes to be read, in the bundle's dtype."""
         return sum(place.nbytes for place, *_ in (*self.copies, *self.packs))
 
-    def carry_out(self) -> Swap:
+    def carry_out(self, *, is_alone: bool = False) -> Swap:
         """Copy everything, in the order of the layers; may run on another thread.
+
+        Args:
+            is_alone: Nothing computes meanwhile, so that copies may take all processors.
 
         Raises:
             DamagedInput: A file of the bundle has become shorter.
@@ -85,7 +88,7 @@ class Transfer:
         begin = time.perf_counter()
         for place, source, target in self.copies:
             require_mapped(place)
-            _copy(source, target)
+            _copy(source, target, is_alone=is_alone)
         for place, source in self.packs:
             require_mapped(place)
             self.packed[place] = pack(source)
@@ -269,8 +272,8 @@ def _placement_of(bundle: Bundle, variant: str) -> Placement:
     return Placement(tensors, residuals, coded, tuple(dict.fromkeys((*tensors.values(), *coded))))
 
 
-def _copy(source: Tensor, target: Tensor) -> None:
-    if target.device.type == "cpu" and source.dtype == target.dtype:
+def _copy(source: Tensor, target: Tensor, *, is_alone: bool) -> None:
+    if not is_alone and target.device.type == "cpu" and source.dtype == target.dtype:
         # One thread and no lock of the interpreter, so that computing goes on beside it.
         target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
     else:
