@@ -211,7 +211,7 @@ def _plan_shared(variants: VariantSet) -> ConsolidationPlan:
         for slot in slots
     ]
     return ConsolidationPlan(
-        schema="moemerge/plan@1",
+        schema="moemerge/plan@2",
         family=first.family.model_type,
         budget="1x",
         policy="generated",

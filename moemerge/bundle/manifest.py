@@ -106,6 +106,9 @@ class CodeSpec(_Entry):
             raise ValueError(f"low rank has {FACTOR_BITS} bits, a rank and no group")
         return self
 
+    def __str__(self) -> str:
+        return f"rank {self.rank}" if self.rank else f"{self.bits}-bit"
+
     def group_of(self, num_columns: int) -> int:
         """Columns that share a scale in a matrix of so many; a row has at least one scale."""
         return min(self.group or num_columns, num_columns)

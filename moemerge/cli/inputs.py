@@ -1,6 +1,8 @@
 """From `NAME=REF...` arguments to opened variants."""
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moemerge.checkpoint.sizes import parse_size
 from moemerge.checkpoint.variants import VariantSet, open_variants
@@ -8,6 +10,9 @@ from moemerge.cli.command import print_findings
 from moemerge.errors import InvalidRecipe
 from moemerge.progress import Progress
 from moemerge.refs import parse_named_sources, parse_source
+
+if TYPE_CHECKING:
+    from moemerge.consolidation.measured import Statistics
 
 
 def open_sources(
@@ -39,6 +44,27 @@ def open_sources(
     if not quiet:
         print_findings(variants.findings)
     return variants
+
+
+def open_statistics(variants: VariantSet, calibration: str | None, policy: str | None) -> "Statistics | None":
+    """What costs are measured on: a calibration, or nothing that was given.
+
+    Raises:
+        InvalidRecipe: A calibration that the policy does not use, or that lacks a variant.
+        IncompatibleInputs: It was made with other weights.
+        NotFound, UnsupportedCheckpoint, DamagedInput: It cannot be read.
+    """
+    from moemerge.calibration.folder import open_calibration
+    from moemerge.consolidation.measured import TextStatistics
+    from moemerge.consolidation.planning import MEASURED
+
+    if calibration is None:
+        return None
+    if policy not in (None, MEASURED):
+        raise InvalidRecipe(f"--calibration goes with --policy {MEASURED}; {policy} looks at weights alone")
+    opened = open_calibration(Path(calibration))
+    opened.check(variants)
+    return TextStatistics(opened, tuple(variants.variants))
 
 
 def parse_max_ram(text: str | None) -> int | None:

@@ -14,7 +14,13 @@ from moemerge.cli.command import (
     QuietOption,
     print_json,
 )
-from moemerge.cli.plan import BudgetOption, PolicyOption, WithinOption, print_plan
+from moemerge.cli.plan import (
+    BudgetOption,
+    CalibrationOption,
+    PolicyOption,
+    WithinOption,
+    print_plan,
+)
 from moemerge.cli.progress import show_progress
 
 
@@ -32,6 +38,7 @@ def merge(
     ] = None,
     policy: PolicyOption = None,
     within: WithinOption = False,
+    calibration: CalibrationOption = None,
     base: BaseOption = None,
     max_ram: MaxRamOption = None,
     restart: Annotated[
@@ -51,11 +58,14 @@ def merge(
     -o duo.moe --budget 1x
     """
     from moemerge.bundle.target import check_target
-    from moemerge.cli.inputs import open_sources, parse_max_ram
+    from moemerge.cli.inputs import open_sources, open_statistics, parse_max_ram
     from moemerge.consolidation.pipeline import merge as merge_variants
+    from moemerge.consolidation.planning import MEASURED
     from moemerge.consolidation.recipe import choose_task
 
     check_target(out)
+    if calibration and budget:
+        policy = policy or MEASURED
     task = choose_task(
         sources or [], base, budget=budget, policy=policy, within=within, plan=plan, recipe=recipe
     )
@@ -65,13 +75,20 @@ def merge(
             task.sources, task.base, progress, offline=offline, allow_pickle=allow_pickle, quiet=quiet
         )
         merged = merge_variants(
-            variants, out, task.decision, max_ram=memory, restart=restart, progress=progress
+            variants,
+            out,
+            task.decision,
+            statistics=open_statistics(variants, calibration, policy),
+            max_ram=memory,
+            restart=restart,
+            progress=progress,
         )
     if as_json:
         data = {
             "bundle": str(merged.folder),
             "variants": list(merged.manifest.variants),
             "pool_bytes": merged.manifest.pool_bytes,
+            "residual_bytes": merged.manifest.residual_bytes,
             "bytes_ratio": merged.manifest.bytes_ratio,
             "pool_experts": [layer.num_experts for layer in merged.manifest.layers],
             "resumed_layers": merged.resumed_layers,

@@ -16,6 +16,8 @@ from moemerge.bundle.manifest import (
     CARD,
     CHECKSUMS,
     MANIFEST,
+    QUANTISED_POOL,
+    RESIDUALS,
     SCHEMA,
     Features,
     Manifest,
@@ -25,7 +27,7 @@ from moemerge.bundle.manifest import (
     dump_manifest,
 )
 from moemerge.bundle.target import check_target, staging_folder
-from moemerge.bundle.writer import copy_tensors, group_equal, write_bytes, write_checksums, write_pool
+from moemerge.bundle.writer import copy_tensors, group_equal, write_bytes, write_checksums
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.disk import check_disk
 from moemerge.checkpoint.fingerprint import fingerprint
@@ -33,10 +35,19 @@ from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.side_files import find_licence, licence_files, side_files
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
+from moemerge.consolidation.evidence import Evidence, LayerRecord
 from moemerge.consolidation.measure import limit_memory
-from moemerge.consolidation.operators import OPERATORS
+from moemerge.consolidation.measured import NoiseStatistics, Statistics
 from moemerge.consolidation.plan import ConsolidationPlan, dump_plan, read_plan
-from moemerge.consolidation.planning import PlanOptions, build_plan, check_plan, measure_layers
+from moemerge.consolidation.planning import (
+    PlanOptions,
+    build_measured_plan,
+    build_plan,
+    check_plan,
+    measure_costs,
+    measure_layers,
+)
+from moemerge.consolidation.pools import Errors, write_layer
 from moemerge.consolidation.similarity_files import (
     INDEX,
     dump_index,
@@ -71,6 +82,7 @@ def merge(
     target: Path,
     decide: PlanOptions | ConsolidationPlan,
     *,
+    statistics: Statistics | None = None,
     max_ram: int | None = None,
     restart: bool = False,
     progress: Progress | None = None,
@@ -81,6 +93,8 @@ def merge(
         variants: Opened together.
         target: Bundle to create.
         decide: Options to make a plan from, or a plan to carry out.
+        statistics: Calibration of the variants; without it, noise stands for their inputs where costs are
+            measured and codes are chosen.
         max_ram: Bytes of memory to stay within.
         restart: Discard the work of an interrupted run.
         progress: Told of bytes.
@@ -105,12 +119,19 @@ def merge(
         if isinstance(decide, ConsolidationPlan):
             check_plan(decide, variants, reader)
         reports: dict[str, str] = {}
-        with open_staging(target, _task_of(variants, decide, reader), restart=restart) as staging:
+        found = statistics or NoiseStatistics(variants)
+        evidence = Evidence(variants=variants, statistics=found, reader=reader)
+        task = _task_of(variants, decide, found, reader)
+        with open_staging(target, task, restart=restart) as staging:
             if isinstance(decide, ConsolidationPlan):
                 plan = decide
             else:
                 layers, reports = _measure(variants, staging, report, max_ram)
-                plan = build_plan(variants, layers, decide, reader)
+                if decide.is_measured:
+                    records = _measure_costs(layers, evidence, staging, report)
+                    plan = build_measured_plan(variants, records, decide, found, reader)
+                else:
+                    plan = build_plan(variants, layers, decide, reader)
             if staging.finished("plan") is not None:
                 # What is already written follows this plan, whatever another library version would decide.
                 plan = read_plan(staging.folder / "plan.json")
@@ -119,20 +140,27 @@ def merge(
             _step(
                 staging, "plan", partial(write_bytes, staging.folder, "plan.json", dump_plan(plan).encode())
             )
-            resumed = _write_pools(variants, plan, staging, reader, report)
+            errors, resumed = _write_pools(plan, evidence, staging, report)
             tensors = _write_non_experts(variants, staging, reader, report)
-            manifest = _finish(variants, plan, staging, tensors, reports, target)
+            manifest = _finish(variants, plan, errors, staging, tensors, reports, target)
     return Merged(folder=target, plan=plan, manifest=manifest, resumed_layers=resumed)
 
 
-def _task_of(variants: VariantSet, decide: PlanOptions | ConsolidationPlan, reader: TensorReader) -> str:
+def _task_of(
+    variants: VariantSet,
+    decide: PlanOptions | ConsolidationPlan,
+    statistics: Statistics,
+    reader: TensorReader,
+) -> str:
     """Identifies the work in the journal: the same inputs and decisions continue, others start anew."""
     checkpoints = [*variants.variants.values(), *([variants.base] if variants.base else [])]
     prints = [fingerprint(checkpoint, reader) for checkpoint in checkpoints]
     decision = dump_plan(decide) if isinstance(decide, ConsolidationPlan) else repr(decide)
     origins = [checkpoint.repository.origin for checkpoint in checkpoints]
     stamps = [_file_stamps(checkpoint) for checkpoint in checkpoints]
-    return json.dumps([__version__, SCHEMA, origins, list(variants.variants), prints, stamps, decision])
+    evidence = statistics.identity
+    names = list(variants.variants)
+    return json.dumps([__version__, SCHEMA, origins, names, prints, stamps, decision, evidence])
 
 
 def _file_stamps(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
@@ -160,12 +188,34 @@ def _measure(
     return layers, {f"reports/{INDEX}": dump_index(similarity_index(layers, variants))}
 
 
+def _measure_costs(
+    layers: list[LayerSimilarity], evidence: Evidence, staging: Staging, report: Progress
+) -> list[LayerRecord]:
+    """Costs of all layers, each kept in the bundle's reports as soon as it is measured."""
+
+    def place(layer_index: int) -> str:
+        return f"reports/costs-layer-{layer_index:05d}.json"
+
+    def keep(record: LayerRecord) -> None:
+        text = record.model_dump_json(indent=1) + "\n"
+        staging.finish(
+            f"costs {record.index}", write_bytes(staging.folder, place(record.index), text.encode())
+        )
+
+    known = {
+        layer.layer: LayerRecord.model_validate_json((staging.folder / place(layer.layer)).read_bytes())
+        for layer in layers
+        if staging.finished(f"costs {layer.layer}") is not None
+    }
+    return measure_costs(layers, evidence, report, known=known, keep=keep)
+
+
 def _similarity_step(layer_index: int) -> str:
     return f"similarity {layer_index}"
 
 
 def _bytes_to_write(variants: VariantSet, plan: ConsolidationPlan) -> int:
-    return plan.pool_bytes + sum(variant.other_bytes for variant in variants.variants.values())
+    return plan.stored_bytes + sum(variant.other_bytes for variant in variants.variants.values())
 
 
 def _step(staging: Staging, name: str, write: Callable[[], dict[str, str]]) -> bool:
@@ -177,25 +227,24 @@ def _step(staging: Staging, name: str, write: Callable[[], dict[str, str]]) -> b
 
 
 def _write_pools(
-    variants: VariantSet, plan: ConsolidationPlan, staging: Staging, reader: TensorReader, report: Progress
-) -> int:
-    report.start("pool", plan.pool_bytes)
+    plan: ConsolidationPlan, evidence: Evidence, staging: Staging, report: Progress
+) -> tuple[dict[int, Errors], int]:
+    """Write every layer; returns errors by layer index, and how many layers were there."""
+    report.start("pool", plan.stored_bytes)
+    errors: dict[int, Errors] = {}
     resumed = 0
     for layer in plan.layers:
-        experts = []
-        for planned in layer.pool:
-            sources = [variants.variants[name].experts[layer.index, slot] for name, slot in planned.sources]
-            experts.append(
-                {
-                    part: OPERATORS[planned.operator](part, [source[part] for source in sources], reader)
-                    for part in sources[0]
-                }
-            )
-        write = partial(write_pool, staging.folder, layer.index, experts, report.advance)
-        if _step(staging, f"pool {layer.index}", write):
+        step = f"pool {layer.index}"
+        done = staging.finished(step)
+        if done is None:
+            written = write_layer(staging.folder, evidence, layer, report.advance)
+            staging.finish(step, written.files, {"errors": written.errors})
+            errors[layer.index] = written.errors
+        else:
             resumed += 1
-            report.advance(sum(tensor.nbytes for parts in experts for tensor in parts.values()))
-    return resumed
+            errors[layer.index] = done["errors"]
+            report.advance(plan.stored_bytes // len(plan.layers))
+    return errors, resumed
 
 
 def _write_non_experts(
@@ -229,6 +278,7 @@ def _exported(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
 def _finish(
     variants: VariantSet,
     plan: ConsolidationPlan,
+    errors: dict[int, Errors],
     staging: Staging,
     tensors: dict[str, dict[str, str]],
     reports: dict[str, str],
@@ -243,7 +293,8 @@ def _finish(
     for name, checkpoint in variants.variants.items():
         files, written = _write_side_files(name, checkpoint, staging.folder, digests)
         digests |= written
-        entries[name] = _variant_entry(name, checkpoint, plan, tensors[name], files)
+        own_errors = {index: by_variant[name] for index, by_variant in errors.items()}
+        entries[name] = _variant_entry(name, checkpoint, plan, own_errors, tensors[name], files)
     manifest = _manifest(variants, plan, entries)
     digests |= write_bytes(staging.folder, MANIFEST, dump_manifest(manifest).encode())
     digests |= write_bytes(staging.folder, CARD, write_card(manifest).encode())
@@ -279,8 +330,15 @@ def _write_side_files(
 
 
 def _variant_entry(
-    name: str, checkpoint: Checkpoint, plan: ConsolidationPlan, tensors: dict[str, str], files: dict[str, str]
+    name: str,
+    checkpoint: Checkpoint,
+    plan: ConsolidationPlan,
+    errors: dict[int, list[float]],
+    tensors: dict[str, str],
+    files: dict[str, str],
 ) -> VariantEntry:
+    residuals = {layer.index: layer.residuals[name] for layer in plan.layers if name in layer.residuals}
+    predicted = plan.predicted_damage.get(name)
     return VariantEntry(
         source=plan.variants[name].source,
         fingerprint=plan.variants[name].fingerprint,
@@ -289,7 +347,9 @@ def _variant_entry(
         tensors=tensors,
         files=files,
         maps={layer.index: layer.expert_map(name) for layer in plan.layers},
-        errors={layer.index: layer.errors[name] for layer in plan.layers},
+        errors=errors,
+        residuals={index: codes for index, codes in residuals.items() if any(codes)},
+        damage=None if predicted is None else {"predicted": predicted},
     )
 
 
@@ -297,7 +357,7 @@ def _manifest(variants: VariantSet, plan: ConsolidationPlan, entries: dict[str, 
     first = variants.first
     return Manifest(
         schema=SCHEMA,
-        features=Features(),
+        features=_features(plan),
         family=plan.family,
         num_slots=plan.num_slots,
         parts={
@@ -305,6 +365,7 @@ def _manifest(variants: VariantSet, plan: ConsolidationPlan, entries: dict[str, 
         },
         variant_bytes=plan.variant_bytes,
         pool_bytes=plan.pool_bytes,
+        residual_bytes=plan.residual_bytes,
         layers=[
             PoolLayer(
                 index=place.index,
@@ -312,6 +373,8 @@ def _manifest(variants: VariantSet, plan: ConsolidationPlan, entries: dict[str, 
                 block=place.block,
                 file=pool_file(place.index),
                 num_experts=len(layer.pool),
+                codes=[e.code for e in layer.pool] if any(e.code for e in layer.pool) else [],
+                dtype=_dtype_of(first, layer.index) if layer.has_codes else None,
             )
             for place, layer in zip(first.routed_layers, plan.layers, strict=True)
         ],
@@ -324,3 +387,12 @@ def _manifest(variants: VariantSet, plan: ConsolidationPlan, entries: dict[str, 
             moemerge=__version__,
         ),
     )
+
+
+def _features(plan: ConsolidationPlan) -> Features:
+    required = [QUANTISED_POOL] if any(e.code for layer in plan.layers for e in layer.pool) else []
+    return Features(required=[*required, *([RESIDUALS] if plan.residual_bytes else [])])
+
+
+def _dtype_of(checkpoint: Checkpoint, layer_index: int) -> str:
+    return next(iter(checkpoint.experts[layer_index, 0].values())).dtype

@@ -15,7 +15,10 @@ from moemerge.checkpoint.fingerprint import fingerprint
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.budget import Budget, refuse_budget
+from moemerge.consolidation.evidence import Evidence, LayerRecord
+from moemerge.consolidation.ladder import code_size
 from moemerge.consolidation.measure import Measurer, measurement_bytes
+from moemerge.consolidation.measured import NoiseStatistics, Statistics, decide, ladder_for
 from moemerge.consolidation.plan import ConsolidationPlan, PlannedExpert, PlannedLayer, PlannedVariant
 from moemerge.consolidation.policies import (
     DEFAULT_POLICY,
@@ -28,6 +31,8 @@ from moemerge.errors import IncompatibleInputs, InvalidRecipe
 from moemerge.progress import Progress, Silent
 from moemerge.similarity.matrices import LayerSimilarity
 
+MEASURED = "measured"
+"""The policy that decides by measured cost, with codes and residuals."""
 _DIGITS = 6
 
 
@@ -37,7 +42,7 @@ class PlanOptions:
 
     Attributes:
         budget: Limit for the pool.
-        policy: Name of an entry of `POLICIES`.
+        policy: Name of an entry of `POLICIES`, or `measured`.
         within: Whether experts of one variant may share.
     """
 
@@ -46,12 +51,18 @@ class PlanOptions:
     within: bool = False
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise InvalidRecipe(f"policy {self.policy!r} is unknown; there are {', '.join(POLICIES)}")
+        known = [*POLICIES, MEASURED]
+        if self.policy not in known:
+            raise InvalidRecipe(f"policy {self.policy!r} is unknown; there are {', '.join(known)}")
         if self.within and self.policy != DEFAULT_POLICY:
             raise InvalidRecipe(
                 f"--within goes with --policy {DEFAULT_POLICY}; {self.policy} shares within a slot"
             )
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether costs are to be measured: not for a budget that keeps everything."""
+        return self.policy == MEASURED and self.budget.text != "exact"
 
 
 def measure_layers(
@@ -109,14 +120,14 @@ def build_plan(
         allowed_bytes=allowed,
         within=options.within,
     )
-    decisions = POLICIES[options.policy](task)
+    decisions = POLICIES[DEFAULT_POLICY if options.policy == MEASURED else options.policy](task)
     planned = [_plan_layer(layer, decided) for layer, decided in zip(layers, decisions, strict=True)]
     total = _stored_bytes(planned, variants)
     if allowed is not None and total > allowed:
         can_share_more = options.policy == DEFAULT_POLICY and not options.within
         raise refuse_budget(options.budget, allowed, total, variant_bytes, can_share_more=can_share_more)
     return ConsolidationPlan(
-        schema="moemerge/plan@1",
+        schema="moemerge/plan@2",
         family=variants.first.family.model_type,
         budget=options.budget.text,
         policy=options.policy,
@@ -131,21 +142,102 @@ def build_plan(
     )
 
 
+def measure_costs(
+    layers: list[LayerSimilarity],
+    evidence: Evidence,
+    progress: Progress | None = None,
+    *,
+    known: dict[int, LayerRecord] | None = None,
+    keep: Callable[[LayerRecord], object] | None = None,
+) -> list[LayerRecord]:
+    """What sharing and codes cost in every layer.
+
+    Args:
+        layers: Similarity of every routed layer.
+        evidence: What it is measured on.
+        progress: Told of bytes.
+        known: Layers that were measured before.
+        keep: Called with each layer that is measured now.
+    """
+    report = progress or Silent()
+    ladder, _ = ladder_for(evidence.variants)
+    records = dict(known or {})
+    missing = [layer for layer in layers if layer.layer not in records]
+    total = sum(variant.expert_bytes for variant in evidence.variants.variants.values())
+    report.start("costs", total * len(missing) // max(1, len(layers)))
+    for layer in missing:
+        records[layer.layer] = evidence.measure(layer, ladder, report.advance)
+        if keep:
+            keep(records[layer.layer])
+    return [records[layer.layer] for layer in layers]
+
+
+def build_measured_plan(
+    variants: VariantSet,
+    records: list[LayerRecord],
+    options: PlanOptions,
+    statistics: Statistics,
+    reader: TensorReader,
+) -> ConsolidationPlan:
+    """Decide every layer by what was measured of it.
+
+    Raises:
+        InvalidRecipe: The budget is below the least possible.
+    """
+    variant_bytes = _variant_bytes(variants)
+    allowed = options.budget.allowed_bytes(variant_bytes)
+    assert allowed is not None
+    decided = decide(variants, records, allowed, statistics)
+    total = decided.pool_bytes + decided.residual_bytes
+    if total > allowed:
+        raise refuse_budget(options.budget, allowed, total, variant_bytes, can_share_more=False)
+    return ConsolidationPlan(
+        schema="moemerge/plan@2",
+        family=variants.first.family.model_type,
+        budget=options.budget.text,
+        policy=options.policy,
+        within=False,
+        num_slots=variants.first.num_experts,
+        variants={name: _planned(variant, reader) for name, variant in variants.variants.items()},
+        base=_planned(variants.base, reader) if variants.base else None,
+        variant_bytes=variant_bytes,
+        pool_bytes=decided.pool_bytes,
+        residual_bytes=decided.residual_bytes,
+        allowed_bytes=allowed,
+        predicted_damage={name: float(f"{loss:.{_DIGITS}g}") for name, loss in decided.predicted.items()},
+        evidence=statistics.identity,
+        layers=decided.layers,
+    )
+
+
 def plan_variants(
     variants: VariantSet,
     options: PlanOptions,
     progress: Progress | None = None,
     *,
+    statistics: Statistics | None = None,
     max_ram: int | None = None,
 ) -> ConsolidationPlan:
     """Measure local checkpoints and decide.
+
+    Args:
+        variants: Local checkpoints.
+        options: Budget and policy.
+        progress: Told of bytes.
+        statistics: Calibration, for the policy that measures costs; noise by default.
+        max_ram: Bytes of memory to stay within.
 
     Raises:
         InvalidRecipe, NotEnoughRoom, DamagedInput: As `build_plan` and `Measurer`.
     """
     with TensorReader() as reader:
         layers = measure_layers(variants, progress, max_ram=max_ram)
-        return build_plan(variants, layers, options, reader)
+        if not options.is_measured:
+            return build_plan(variants, layers, options, reader)
+        found = statistics or NoiseStatistics(variants)
+        evidence = Evidence(variants=variants, statistics=found, reader=reader)
+        records = measure_costs(layers, evidence, progress)
+        return build_measured_plan(variants, records, options, found, reader)
 
 
 def check_plan(plan: ConsolidationPlan, variants: VariantSet, reader: TensorReader) -> None:
@@ -172,22 +264,35 @@ def check_plan(plan: ConsolidationPlan, variants: VariantSet, reader: TensorRead
                 f"variant {name}: {variants.variants[name].label} has other weights than the plan was made "
                 f"for ({planned.source}). Make a new plan with `moemerge plan`"
             )
-    sizes = (_stored_bytes(plan.layers, variants), _variant_bytes(variants))
-    if sizes != (plan.pool_bytes, plan.variant_bytes):
+    sizes = (
+        _stored_bytes(plan.layers, variants),
+        _residual_bytes(plan.layers, variants),
+        _variant_bytes(variants),
+    )
+    if sizes != (plan.pool_bytes, plan.residual_bytes, plan.variant_bytes):
         raise InvalidRecipe(
-            f"the plan says pool_bytes {plan.pool_bytes} and variant_bytes {plan.variant_bytes}, its pools "
-            f"and these checkpoints have {sizes[0]} and {sizes[1]}. Make a new plan with `moemerge plan`"
+            f"the plan says pool_bytes {plan.pool_bytes}, residual_bytes {plan.residual_bytes} and "
+            f"variant_bytes {plan.variant_bytes}, its pools and these checkpoints have {sizes[0]}, "
+            f"{sizes[1]} and {sizes[2]}. Make a new plan with `moemerge plan`"
         )
 
 
 def _stored_bytes(layers: list[PlannedLayer], variants: VariantSet) -> int:
     """Bytes of all pool experts; each part is as wide as the widest it is made from."""
+    _, shapes = ladder_for(variants)
     total = 0
     for layer in layers:
         for planned in layer.pool:
             sources = [variants.variants[name].experts[layer.index, slot] for name, slot in planned.sources]
-            total += sum(max(source[part].nbytes for source in sources) for part in sources[0])
+            plain = sum(max(source[part].nbytes for source in sources) for part in sources[0])
+            total += code_size(planned.code, shapes, plain)
     return total
+
+
+def _residual_bytes(layers: list[PlannedLayer], variants: VariantSet) -> int:
+    _, shapes = ladder_for(variants)
+    specs = [code for layer in layers for codes in layer.residuals.values() for code in codes]
+    return sum(code_size(code, shapes, 0) for code in specs)
 
 
 def _variant_bytes(variants: VariantSet) -> int:

@@ -74,7 +74,7 @@ def test_errors_are_distances_to_what_is_stored(made):
 @pytest.mark.parametrize(
     ("path", "new", "told"),
     [
-        (("schema",), "moemerge/plan@2", "schema"),
+        (("schema",), "moemerge/plan@3", "schema"),
         (("surprise",), 1, "surprise"),
         (("num_slots",), 5, "each slot of each variant"),
         (("layers", 0, "pool", 0, "members", 1), ["a", 7], "its own members"),

@@ -1,0 +1,50 @@
+"""A matrix as a product of two thin ones, exact where inputs reach.
+
+Shapes: N rows, D columns, r rank.
+"""
+
+import torch
+from torch import Tensor
+
+from moemerge.consolidation.codes.moments import Moment
+from moemerge.models.packed import LowRank
+
+FACTOR_DTYPE = torch.bfloat16
+
+
+def factorise(matrix: Tensor, rank: int, moment: Moment | None = None) -> LowRank:
+    """The matrix of that rank with the least error on inputs of this second moment.
+
+    The singular value decomposition is of `matrix L`, where `L L^T` is the damped moment; its right factor
+    is multiplied by `L^-1` again. Both factors carry the root of the singular values.
+
+    Args:
+        matrix: [N, D], float32.
+        rank: At most the smaller side is used.
+        moment: Of the inputs; None for plain truncation.
+
+    Source: EoRA, Liu et al. 2024 (arXiv:2410.21271), and SVD-LLM, Wang et al. 2024 (arXiv:2403.07378).
+    """
+    rank = min(rank, *matrix.shape)
+    if moment is None or moment.is_empty:
+        left, values, right = _truncated(matrix, rank)
+        return _factors(left, values, right)
+    roots = [torch.linalg.cholesky(block) for block in moment.damped().blocks]
+    columns = moment.slices()
+    whitened = torch.cat([matrix[:, c] @ root for c, root in zip(columns, roots, strict=True)], dim=1)
+    left, values, right = _truncated(whitened, rank)
+    pieces = [
+        torch.linalg.solve_triangular(root, right[:, c], upper=False, left=False)
+        for c, root in zip(columns, roots, strict=True)
+    ]
+    return _factors(left, values, torch.cat(pieces, dim=1))
+
+
+def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def _factors(left: Tensor, values: Tensor, right: Tensor) -> LowRank:
+    root = values.sqrt()
+    return LowRank((left * root).to(FACTOR_DTYPE), (right * root.unsqueeze(1)).to(FACTOR_DTYPE))

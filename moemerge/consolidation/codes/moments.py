@@ -1,0 +1,76 @@
+"""Second moments of the inputs of a matrix, in blocks along the diagonal.
+
+What inputs do to errors is kept within stretches of neighbouring columns: a matrix of many columns then
+needs neither the memory nor the time of their square.
+
+Shapes: S rows of inputs, D columns of the matrix, B columns of a block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_COLUMNS = 1024
+_DAMPING = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Sum of `weight x x^T`, as blocks [B, B] along the diagonal, float32."""
+
+    blocks: tuple[Tensor, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no input was seen that counts."""
+        return not any(bool(block.diagonal().any()) for block in self.blocks)
+
+    def diagonal(self) -> Tensor:
+        """[D]."""
+        return torch.cat([block.diagonal() for block in self.blocks])
+
+    def slices(self) -> list[slice]:
+        """Columns of each block."""
+        stops = torch.tensor([len(block) for block in self.blocks]).cumsum(0).tolist()
+        return [slice(stop - len(block), stop) for stop, block in zip(stops, self.blocks, strict=True)]
+
+    def scaled(self, factor: float) -> "Moment":
+        """With other weights."""
+        return Moment(tuple(block * factor for block in self.blocks))
+
+    def damped(self) -> "Moment":
+        """With a small part of the mean diagonal added, so that it has an inverse.
+
+        Columns that no input reached get it, too.
+        """
+        mean = float(self.diagonal().mean()) or 1.0
+        return Moment(tuple(block + torch.eye(len(block)) * (_DAMPING * mean) for block in self.blocks))
+
+    def error(self, difference: Tensor) -> float:
+        """Weighted sum of squares of `difference x`, for a difference [N, D] of two matrices."""
+        return sum(
+            float(((difference[:, columns] @ block) * difference[:, columns]).sum())
+            for columns, block in zip(self.slices(), self.blocks, strict=True)
+        )
+
+
+def moment_of_rows(inputs_SD: Tensor, weights_S: Tensor) -> Moment:
+    """From inputs, each with its weight."""
+    inputs_SD = inputs_SD.float()
+    weighted_SD = inputs_SD * weights_S.float().unsqueeze(1)
+    stretches = [slice(start, start + BLOCK_COLUMNS) for start in range(0, inputs_SD.shape[1], BLOCK_COLUMNS)]
+    return Moment(tuple(inputs_SD[:, columns].T @ weighted_SD[:, columns] for columns in stretches))
+
+
+def moment_of_matrix(moment_DD: Tensor) -> Moment:
+    """From a whole moment [D, D]."""
+    stops = range(0, len(moment_DD), BLOCK_COLUMNS)
+    return Moment(tuple(moment_DD[i : i + BLOCK_COLUMNS, i : i + BLOCK_COLUMNS].float() for i in stops))
+
+
+def add_moments(moments: Sequence[Moment]) -> Moment:
+    """Sum of moments of one number of columns."""
+    columns = zip(*(moment.blocks for moment in moments), strict=True)
+    return Moment(tuple(torch.stack(blocks).sum(dim=0) for blocks in columns))

@@ -1,0 +1,243 @@
+"""What a plan by measured cost is made from: a layer's experts, met by their own variants' inputs.
+
+Loads one slot of all variants at a time; the arithmetic is `costs`. What is measured of a layer is a plain
+record, kept with the bundle's reports, so that a killed run measures each layer once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from moemerge.calibration.statistics import LayerStatistics, SlotStatistics
+from moemerge.checkpoint.headers import StoredTensor
+from moemerge.checkpoint.tensors import TensorReader
+from moemerge.checkpoint.variants import VariantSet
+from moemerge.consolidation.clustering import match_variants, plan_joins
+from moemerge.consolidation.costs import (
+    Factors,
+    Members,
+    Shared,
+    Slot,
+    measure_factors,
+    probe,
+    race,
+)
+from moemerge.consolidation.ladder import Ladder
+from moemerge.consolidation.operators import RACED, Member
+from moemerge.models import Activation
+from moemerge.similarity.matrices import LayerSimilarity
+
+_FULLY_MEASURED = 2
+"""Slots of a layer, the most used ones, on which codes are measured in full."""
+
+Ref = tuple[str, int]
+
+
+class LayerSource(Protocol):
+    """Where statistics come from."""
+
+    def layer(self, variant: str, layer_index: int) -> LayerStatistics:
+        """Statistics of one layer of one variant."""
+
+
+class SlotRecord(BaseModel):
+    """What was measured of a slot.
+
+    Attributes:
+        owners: (variant, slot) of every different expert; those of one entry are bytewise equal.
+        partitions: Ways to divide the experts, by number, into those that share.
+        shared: By cluster, its numbers with commas between: the operator that won, and each member's damage.
+        probes: Damage of every expert in four bits, plainly rounded.
+        largest: Largest absolute output of every expert.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    owners: list[list[Ref]]
+    partitions: list[list[list[int]]]
+    shared: dict[str, tuple[str, list[float]]]
+    probes: list[float]
+    largest: list[float]
+
+    def clusters(self) -> dict[Members, Shared]:
+        """`shared` as `costs` wants it."""
+        found = {}
+        for text, (operator, damage) in self.shared.items():
+            numbers = tuple(int(number) for number in text.split(","))
+            found[numbers] = Shared(operator, dict(zip(numbers, damage, strict=True)))
+        return found
+
+
+class LayerRecord(BaseModel):
+    """What was measured of a layer.
+
+    Attributes:
+        own, pool, residual: See `costs.Factors`; keys of `residual` are two names with a colon between.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    index: int
+    own: dict[str, float]
+    pool: dict[str, float]
+    residual: dict[str, float]
+    slots: list[SlotRecord]
+
+    def factors(self) -> Factors:
+        """What codes do in the layer."""
+        residual = {(p, r): value for key, value in self.residual.items() for p, r in [key.split(":")]}
+        return Factors(self.own, self.pool, residual)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Reads what costs are measured on.
+
+    Attributes:
+        variants: Local checkpoints.
+        statistics: Of their layers.
+        operators: Names of those that race.
+        reader: Open reader.
+    """
+
+    variants: VariantSet
+    statistics: LayerSource
+    reader: TensorReader
+    operators: Sequence[str] = RACED
+
+    @property
+    def activation(self) -> Activation:
+        """Form of the experts."""
+        return Activation(str(self.variants.first.settings["activation"]))
+
+    def measure(
+        self, similarity: LayerSimilarity, ladder: Ladder, advance: Callable[[int], None]
+    ) -> LayerRecord:
+        """Measure a layer.
+
+        Args:
+            similarity: Of the layer.
+            ladder: Codes that are to be measured.
+            advance: Told of the bytes of experts that are done.
+        """
+        statistics = {name: self.statistics.layer(name, similarity.layer) for name in similarity.variants}
+        groups = slot_groups(similarity)
+        usage = [
+            sum(statistics[name].slots[slot].output_square_sum for refs in owners for name, slot in refs)
+            for owners in groups
+        ]
+        most_used = sorted(range(len(groups)), key=lambda number: -usage[number])[:_FULLY_MEASURED]
+        factors = measure_factors(
+            [self.slot(similarity, groups[number], statistics) for number in most_used], ladder
+        )
+        records = []
+        for owners in groups:
+            slot = self.slot(similarity, owners, statistics)
+            shared = {}
+            for numbers in {n for partition in slot.partitions for n in partition if len(n) > 1}:
+                found = race(slot, numbers, self.operators)
+                shared[",".join(map(str, numbers))] = (found.operator, [found.damage[n] for n in numbers])
+            probes = [probe(slot, number) for number in range(len(owners))]
+            partitions = [[list(numbers) for numbers in partition] for partition in slot.partitions]
+            largest = [
+                max(statistics[name].slots[place].output_max for name, place in refs) for refs in owners
+            ]
+            records.append(
+                SlotRecord(
+                    owners=owners,
+                    partitions=partitions,
+                    shared=dict(sorted(shared.items())),
+                    probes=probes,
+                    largest=largest,
+                )
+            )
+            advance(sum(t.nbytes for refs in owners for t in self.stored(similarity.layer, refs[0]).values()))
+        residual = {f"{pool}:{name}": value for (pool, name), value in factors.residual.items()}
+        return LayerRecord(
+            index=similarity.layer,
+            own=dict(factors.own),
+            pool=dict(factors.pool),
+            residual=residual,
+            slots=records,
+        )
+
+    def slot(
+        self, similarity: LayerSimilarity, owners: list[list[Ref]], statistics: Mapping[str, LayerStatistics]
+    ) -> Slot:
+        """The experts of a slot with half of their inputs to decide on, and half to judge by."""
+        members, judges, factors = [], [], []
+        for refs in owners:
+            parts = self.parts(similarity.layer, refs[0])
+            found = [statistics[name].slots[slot] for name, slot in refs]
+            members.append(self.member(parts, found, slice(0, None, 2)))
+            judges.append(self.member(parts, found, slice(1, None, 2)))
+            energy = sum(statistics[name].output_square_sum for name, _ in refs) or 1.0
+            factors.append(sum(one.count for one in found) / energy)
+        members = [replace(member, weight=weight) for member, weight in zip(members, factors, strict=True)]
+        base = self.base_parts(similarity.layer, owners[0][0][1])
+        return Slot(members, judges, factors, partitions_of(similarity, owners), base)
+
+    def base_parts(self, layer_index: int, slot: int) -> dict[str, Tensor] | None:
+        """The base's expert in a slot, when there is a base."""
+        if self.variants.base is None:
+            return None
+        stored = self.variants.base.experts[layer_index, slot]
+        return {part: self.reader.read(tensor) for part, tensor in stored.items()}
+
+    def parts(self, layer_index: int, ref: Ref) -> dict[str, Tensor]:
+        """An expert's parts as stored."""
+        return {part: self.reader.read(tensor) for part, tensor in self.stored(layer_index, ref).items()}
+
+    def member(self, parts: Mapping[str, Tensor], found: Sequence[SlotStatistics], rows: slice) -> Member:
+        """An expert with some of its inputs; of all that have it, when several variants do."""
+        moment = torch.stack([one.moment_DD for one in found]).sum(dim=0)
+        count = max(1, sum(one.count for one in found))
+        return Member(
+            parts,
+            self.activation,
+            torch.cat([one.inputs_SD[rows] for one in found]).float(),
+            torch.cat([one.gates_S[rows] for one in found]).float(),
+            1.0,
+            moment / count,
+        )
+
+    def without_inputs(self, parts: Mapping[str, StoredTensor]) -> Member:
+        """An expert, or some of its parts, for operators that look at weights alone."""
+        read = {part: self.reader.read(tensor) for part, tensor in parts.items()}
+        return Member(read, self.activation, torch.zeros(0, 0), torch.zeros(0))
+
+    def stored(self, layer_index: int, ref: Ref) -> Mapping[str, StoredTensor]:
+        """Places of an expert's parts."""
+        return self.variants.variants[ref[0]].experts[layer_index, ref[1]]
+
+
+def slot_groups(similarity: LayerSimilarity) -> list[list[list[Ref]]]:
+    """The experts that may share, slot by slot: of every variant one, bytewise equal ones together.
+
+    Slots are matched by distance, so that the order of a variant's slots does not matter.
+    """
+    distance = similarity.distances["relative_l2"]
+    matched = match_variants(distance, ~similarity.same_variant_pairs(), similarity.num_slots)
+    groups = []
+    for members in matched:
+        by_identity: dict[int, list[Ref]] = {}
+        for member in members:
+            ref = similarity.ref(member)
+            by_identity.setdefault(int(similarity.identity[member]), []).append((ref.variant, ref.slot))
+        groups.append(list(by_identity.values()))
+    return groups
+
+
+def partitions_of(similarity: LayerSimilarity, owners: list[list[Ref]]) -> list[list[Members]]:
+    """From every expert for itself to all in one cluster, the closest joined first."""
+    rows = [similarity.variants.index(refs[0][0]) * similarity.num_slots + refs[0][1] for refs in owners]
+    distance = similarity.distances["relative_l2"][np.ix_(rows, rows)]
+    current: list[Members] = [(number,) for number in range(len(owners))]
+    partitions = [list(current)]
+    for join in plan_joins(distance, np.ones_like(distance, dtype=bool), current):
+        current = sorted([c for c in current if c not in (join.first, join.second)] + [join.result])
+        partitions.append(list(current))
+    return partitions

@@ -1,0 +1,88 @@
+"""The rungs an expert may stand on: codes of pool experts and of residuals, and what they take.
+
+Pure. Names are what plans and reports show.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moemerge.bundle.manifest import FACTOR_BITS, CodeSpec
+from moemerge.consolidation.codes.low_rank import factorise
+from moemerge.consolidation.codes.moments import Moment
+from moemerge.consolidation.codes.rounding import round_with_feedback
+from moemerge.models.packed import COLUMN_MULTIPLE, PackedMatrix, Residual
+
+PLAIN = "plain"
+"""A pool expert in the dtype of its sources."""
+NONE = "none"
+"""No residual: the pool expert as stored is all."""
+_POOL_BITS = (6, 5, 4, 3)
+_RESIDUAL_BITS = (1, 2, 3, 4)
+_RESIDUAL_RANKS = (4, 16)
+_GROUP = 64
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Codes by name for experts of certain shapes; None for what needs no code.
+
+    Attributes:
+        pool: Of pool experts.
+        residuals: Of residuals.
+    """
+
+    pool: Mapping[str, CodeSpec | None]
+    residuals: Mapping[str, CodeSpec | None]
+
+
+def ladder_of(shapes: Shapes) -> Ladder:
+    """Every rung that matrices of these shapes [rows, columns] can stand on, finest pool code first."""
+    fits = all(columns % COLUMN_MULTIPLE == 0 for _, columns in shapes.values())
+    narrow = min(min(shape) for shape in shapes.values())
+    # One scale a row is what the packed products of eight bits take.
+    pool = {"8-bit": bits_code(8, None)}
+    pool |= {f"{bits}-bit": bits_code(bits, _GROUP) for bits in _POOL_BITS if fits}
+    residuals = {f"{bits}-bit": bits_code(bits, _GROUP) for bits in _RESIDUAL_BITS if fits}
+    residuals |= {f"rank-{rank}": rank_code(rank) for rank in _RESIDUAL_RANKS if rank < narrow}
+    return Ladder({PLAIN: None, **pool}, {NONE: None, **residuals})
+
+
+def bits_code(bits: int, group: int | None) -> CodeSpec:
+    """Group-wise codes; without a group one scale a row."""
+    return CodeSpec.model_validate({"kind": "bits", "bits": bits, "group": group})
+
+
+def rank_code(rank: int) -> CodeSpec:
+    """Two thin factors in bf16."""
+    return CodeSpec(kind="low_rank", bits=FACTOR_BITS, rank=rank)
+
+
+def code_size(code: CodeSpec | None, shapes: Shapes, plain_bytes: int) -> int:
+    """Bytes that an expert of these shapes takes in a code; `plain_bytes` without one."""
+    if code is None:
+        return plain_bytes
+    return sum(code.part_bytes(*shape) for shape in shapes.values())
+
+
+def encode(
+    parts: Mapping[str, Tensor], code: CodeSpec, moments: Mapping[str, Moment]
+) -> dict[str, PackedMatrix]:
+    """An expert's float32 matrices in few bits, with feedback from the moments of their inputs."""
+    return {
+        part: round_with_feedback(matrix, code.bits, code.group or matrix.shape[1], moments[part])
+        for part, matrix in parts.items()
+    }
+
+
+def encode_residual(
+    parts: Mapping[str, Tensor], code: CodeSpec, moments: Mapping[str, Moment]
+) -> dict[str, Residual]:
+    """What is missing of an expert, float32, in a residual's code."""
+    if code.kind == "bits":
+        return dict(encode(parts, code, moments))
+    assert code.rank is not None
+    return {part: factorise(matrix, code.rank, moments[part]) for part, matrix in parts.items()}

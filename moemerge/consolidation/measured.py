@@ -1,0 +1,176 @@
+"""Plans by measured cost: what every layer's evidence and one budget over all of them decide."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from moemerge.bundle.manifest import CodeSpec
+from moemerge.calibration.folder import Calibration
+from moemerge.calibration.random_inputs import random_statistics
+from moemerge.calibration.statistics import LayerStatistics
+from moemerge.checkpoint.variants import VariantSet
+from moemerge.consolidation.evidence import LayerRecord
+from moemerge.consolidation.ladder import Ladder, Shapes, code_size, ladder_of
+from moemerge.consolidation.plan import PlannedExpert, PlannedLayer
+from moemerge.consolidation.spending import Prices, Spending, Stored, predicted_loss, spend
+
+NOISE = "noise"
+"""What plans name as evidence when there was no text."""
+
+
+class Statistics(Protocol):
+    """Where calibration comes from: a text, or noise."""
+
+    @property
+    def identity(self) -> str:
+        """What plans name as their evidence; the same for the same statistics."""
+
+    @property
+    def gained(self) -> dict[str, float]:
+        """By variant, nats per token that fine-tuning gained on its text; empty when that is not known."""
+
+    def layer(self, variant: str, layer_index: int) -> LayerStatistics:
+        """Statistics of one layer of one variant."""
+
+
+@dataclass(slots=True)
+class NoiseStatistics:
+    """Statistics of noise in place of text, made when they are asked for; the last layer is kept."""
+
+    variants: VariantSet
+    seed: int = 0
+    _layer: int = -1
+    _found: dict[str, LayerStatistics] = field(default_factory=dict)
+
+    identity = NOISE
+
+    @property
+    def gained(self) -> dict[str, float]:
+        """Not known."""
+        return {}
+
+    def layer(self, variant: str, layer_index: int) -> LayerStatistics:
+        """See `Statistics`."""
+        if layer_index != self._layer:
+            self._layer, self._found = layer_index, {}
+        if variant not in self._found:
+            checkpoint = self.variants.variants[variant]
+            self._found[variant] = random_statistics(checkpoint, layer_index, seed=self.seed)
+        return self._found[variant]
+
+
+@dataclass(frozen=True, slots=True)
+class TextStatistics:
+    """Statistics of the variants' own texts."""
+
+    calibration: Calibration
+    variants: Sequence[str]
+
+    @property
+    def identity(self) -> str:
+        """`text:` and a hash of what was calibrated: weights, texts and settings."""
+        entries = self.calibration.index.variants
+        described = "\n".join(f"{name} {entries[name].model_dump_json()}" for name in self.variants)
+        return f"text:{hashlib.sha256(described.encode()).hexdigest()}"
+
+    @property
+    def gained(self) -> dict[str, float]:
+        """Of all variants, or of none."""
+        entries = self.calibration.index.variants
+        gained = {name: entries[name].base_nll_excess or 0.0 for name in self.variants}
+        return gained if all(value > 0 for value in gained.values()) else {}
+
+    def layer(self, variant: str, layer_index: int) -> LayerStatistics:
+        """See `Statistics`."""
+        return self.calibration.layer(variant, layer_index)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPlan:
+    """The decided part of a plan.
+
+    Attributes:
+        layers: Pools and residuals.
+        pool_bytes: Bytes of all pool experts.
+        residual_bytes: Bytes of all residuals.
+        predicted: By variant, loss as share of what fine-tuning gained, or in units of layer outputs when
+            that is not known.
+    """
+
+    layers: list[PlannedLayer]
+    pool_bytes: int
+    residual_bytes: int
+    predicted: dict[str, float]
+
+
+def ladder_for(variants: VariantSet) -> tuple[Ladder, Shapes]:
+    """The codes that the experts of these variants can take, and the experts' shapes."""
+    first = variants.first
+    shapes: dict[str, tuple[int, int]] = {}
+    for part in first.family.experts.parts:
+        rows, columns = first.family.part_shape(part, first.settings)
+        shapes[part] = (rows, columns)
+    return ladder_of(shapes), shapes
+
+
+def decide(
+    variants: VariantSet, records: Sequence[LayerRecord], allowed_bytes: int, statistics: Statistics
+) -> MeasuredPlan:
+    """Spend the budget.
+
+    Damage of a variant counts the more the less its fine-tuning gained, where that is known, so that every
+    variant keeps the same share of it.
+    """
+    ladder, shapes = ladder_for(variants)
+    experts = [parts for variant in variants.variants.values() for parts in variant.experts.values()]
+    prices = Prices(
+        ladder=ladder,
+        shapes=shapes,
+        plain_bytes=max(sum(tensor.nbytes for tensor in parts.values()) for parts in experts),
+        importance={name: 1 / gained for name, gained in statistics.gained.items()},
+    )
+    spending = spend(records, list(variants.variants), allowed_bytes, prices)
+    num_slots = variants.first.num_experts
+    layers = [
+        _planned_layer(record.index, stored, list(variants.variants), num_slots)
+        for record, stored in zip(records, spending.layers, strict=True)
+    ]
+    residual_bytes = _residual_bytes(spending, shapes)
+    return MeasuredPlan(
+        layers,
+        spending.num_bytes - residual_bytes,
+        residual_bytes,
+        {name: predicted_loss(spending, name, prices) for name in variants.variants},
+    )
+
+
+def _planned_layer(
+    index: int, stored: Sequence[Stored], variants: Sequence[str], num_slots: int
+) -> PlannedLayer:
+    residuals: dict[str, list[CodeSpec | None]] = {name: [None] * num_slots for name in variants}
+    pool = []
+    for one in stored:
+        for refs, code in zip(one.owners, one.residuals, strict=True):
+            for name, slot in refs:
+                residuals[name][slot] = code
+        pool.append(
+            PlannedExpert(
+                members=[ref for refs in one.owners for ref in refs],
+                operator=one.operator,
+                sources=[refs[0] for refs in one.owners],
+                code=one.code,
+            )
+        )
+    return PlannedLayer(
+        index=index, pool=pool, residuals={name: codes for name, codes in residuals.items() if any(codes)}
+    )
+
+
+def _residual_bytes(spending: Spending, shapes: Shapes) -> int:
+    return sum(
+        code_size(code, shapes, 0) * len(refs)
+        for layer in spending.layers
+        for one in layer
+        for refs, code in zip(one.owners, one.residuals, strict=True)
+    )

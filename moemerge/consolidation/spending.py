@@ -1,0 +1,197 @@
+"""Decide every slot of every layer from what was measured, within a budget, with an eye on the worst variant.
+
+Pure: records and numbers in, decisions out.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moemerge.bundle.manifest import CodeSpec
+from moemerge.consolidation.allocation import Allocation, Encoding, SlotCosts, allocate, slot_hull
+from moemerge.consolidation.costs import Members, Shared, slot_costs
+from moemerge.consolidation.evidence import LayerRecord, Ref, SlotRecord
+from moemerge.consolidation.ladder import NONE, PLAIN, Ladder, Shapes
+
+_BALANCING_ROUNDS = 12
+_BALANCED = 1.25
+"""The worst variant may be hurt so much more than the mean before its damage counts more."""
+_SUPER_SHARE, _SUPER_OVER_MEDIAN = 0.1, 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One pool expert to be.
+
+    Attributes:
+        owners: (variant, slot) of every expert it stands for; bytewise equal ones in one list.
+        operator: What makes it.
+        code: How it is stored.
+        residuals: For each entry of `owners`.
+    """
+
+    owners: list[list[Ref]]
+    operator: str
+    code: CodeSpec | None
+    residuals: list[CodeSpec | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """All decisions.
+
+    Attributes:
+        layers: Pool experts to be, by layer in the order of the records.
+        damage: Predicted, by variant and layer index.
+        num_bytes: Of pools and residuals.
+    """
+
+    layers: list[list[Stored]]
+    damage: dict[str, dict[int, float]]
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """What choices are made of.
+
+    Attributes:
+        ladder: Codes by name.
+        shapes: Of an expert's parts.
+        plain_bytes: Of an expert as it is.
+        importance: By variant: what its loss counts; 1 for those not there.
+    """
+
+    ladder: Ladder
+    shapes: Shapes
+    plain_bytes: int
+    importance: Mapping[str, float]
+
+    def weight(self, variant: str) -> float:
+        """What a unit of its damage counts."""
+        return self.importance.get(variant, 1.0)
+
+
+def spend(
+    records: Sequence[LayerRecord], variants: Sequence[str], allowed_bytes: int | None, prices: Prices
+) -> Spending:
+    """Choose for every slot, first for the least sum of losses, then with more weight on the worst variant.
+
+    Variants whose loss is far above the mean count more in the next round; the best worst case wins.
+    """
+    emphasis = dict.fromkeys(variants, 1.0)
+    best: tuple[float, Spending] | None = None
+    for _ in range(_BALANCING_ROUNDS):
+        spending = _spend_once(records, variants, allowed_bytes, prices, emphasis)
+        losses = {name: predicted_loss(spending, name, prices) for name in variants}
+        mean = statistics.fmean(losses.values())
+        # A sum that is only a little worse is worth a better worst case.
+        score = mean + max(losses.values())
+        if best is None or score < best[0]:
+            best = (score, spending)
+        if mean == 0 or max(losses.values()) <= _BALANCED * mean:
+            break
+        for name, loss in losses.items():
+            emphasis[name] *= math.sqrt(max(loss, 0.1 * mean) / mean)
+    assert best is not None
+    return best[1]
+
+
+def predicted_loss(spending: Spending, variant: str, prices: Prices) -> float:
+    """Damage of all layers by what it counts."""
+    return prices.weight(variant) * sum(spending.damage[variant].values())
+
+
+def super_experts(records: Sequence[LayerRecord]) -> set[tuple[int, Ref]]:
+    """Experts with massive activations, which stay as they are: (layer index, (variant, slot)).
+
+    Those whose largest output is at least a tenth of the model's, and far above the median expert's.
+
+    Source: Su et al. 2025, super experts (arXiv:2507.23279); the distance to the median stands for its
+    percentile, which would name one expert of a model that has none.
+    """
+    largest = [
+        (value, record.index, ref)
+        for record in records
+        for slot in record.slots
+        for refs, value in zip(slot.owners, slot.largest, strict=True)
+        for ref in refs
+    ]
+    found = set()
+    for variant in {ref[0] for _, _, ref in largest}:
+        own = [(value, index, ref) for value, index, ref in largest if ref[0] == variant]
+        values = [value for value, _, _ in own]
+        least = max(_SUPER_SHARE * max(values), _SUPER_OVER_MEDIAN * statistics.median(values))
+        found |= {(index, ref) for value, index, ref in own if value > least > 0}
+    return found
+
+
+def _spend_once(
+    records: Sequence[LayerRecord],
+    variants: Sequence[str],
+    allowed_bytes: int | None,
+    prices: Prices,
+    emphasis: Mapping[str, float],
+) -> Spending:
+    places = [(record, slot) for record in records for slot in record.slots]
+    exact = super_experts(records)
+    hulls = []
+    for record, slot in places:
+        weights = [sum(prices.weight(name) * emphasis[name] for name, _ in refs) for refs in slot.owners]
+        ladder = prices.ladder
+        partitions = slot.partitions
+        if any((record.index, ref) in exact for refs in slot.owners for ref in refs):
+            ladder, partitions = Ladder({PLAIN: None}, {NONE: None}), slot.partitions[:1]
+        hulls.append(slot_hull(_costs(record, slot, partitions, ladder, prices), weights))
+    allocation = allocate(hulls, allowed_bytes)
+    return _spending(places, records, variants, allocation, prices)
+
+
+def _costs(
+    record: LayerRecord,
+    slot: SlotRecord,
+    partitions: Sequence[Sequence[Sequence[int]]],
+    ladder: Ladder,
+    prices: Prices,
+) -> SlotCosts:
+    return slot_costs(
+        [[tuple(numbers) for numbers in partition] for partition in partitions],
+        slot.clusters(),
+        slot.probes,
+        record.factors(),
+        ladder,
+        prices.shapes,
+        prices.plain_bytes,
+    )
+
+
+def _spending(
+    places: Sequence[tuple[LayerRecord, SlotRecord]],
+    records: Sequence[LayerRecord],
+    variants: Sequence[str],
+    allocation: Allocation,
+    prices: Prices,
+) -> Spending:
+    stored: dict[int, list[Stored]] = {record.index: [] for record in records}
+    damage = {name: dict.fromkeys(stored, 0.0) for name in variants}
+    for (record, slot), point in zip(places, allocation.points, strict=True):
+        for refs, value in zip(slot.owners, point.by_member, strict=True):
+            for name, _ in refs:
+                damage[name][record.index] += value
+        clusters = slot.clusters()
+        for encoding in point.encodings:
+            stored[record.index].append(_stored(slot, encoding, clusters, prices.ladder))
+    return Spending(list(stored.values()), damage, allocation.num_bytes)
+
+
+def _stored(
+    slot: SlotRecord, encoding: Encoding, clusters: Mapping[Members, Shared], ladder: Ladder
+) -> Stored:
+    shared = clusters.get(encoding.members)
+    return Stored(
+        [slot.owners[number] for number in encoding.members],
+        shared.operator if shared is not None else "copy",
+        ladder.pool[encoding.pool],
+        [ladder.residuals[residual] for residual in encoding.residuals],
+    )
