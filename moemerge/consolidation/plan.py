@@ -23,6 +23,10 @@ def _check_operator(name: str) -> str:
 OperatorName = Annotated[str, AfterValidator(_check_operator)]
 
 
+WEIGHTS = "weights"
+"""Evidence of plans that look at distances between weights alone."""
+
+
 class _Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -126,7 +130,7 @@ class ConsolidationPlan(_Plan):
     residual_bytes: int = Field(default=0, ge=0)
     allowed_bytes: int | None
     predicted_damage: dict[str, float] = Field(default_factory=dict)
-    evidence: str = "weights"
+    evidence: str = WEIGHTS
     layers: list[PlannedLayer] = Field(min_length=1)
 
     @property
@@ -160,7 +164,8 @@ class ConsolidationPlan(_Plan):
                 (name, slot) for name in self.variants for slot in range(self.num_slots)
             ):
                 raise ValueError(f"layer {layer.index}: each slot of each variant must have one pool expert")
-            if (layer.errors and layer.errors.keys() != self.variants.keys()) or any(
+            has_errors = layer.errors or self.evidence == WEIGHTS
+            if (has_errors and layer.errors.keys() != self.variants.keys()) or any(
                 len(errors) != self.num_slots for errors in layer.errors.values()
             ):
                 raise ValueError(f"layer {layer.index}: each slot of each variant must have one error")
