@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moemerge.models import Activation, OneVariant
 from moemerge.models.experts import ACTIVATIONS
+from moemerge.similarity.replacement import gated_replacement_error
 
 Parts = Mapping[str, Tensor]
 
@@ -48,16 +49,15 @@ def run_expert(parts: Parts, activation: Activation, inputs_SD: Tensor) -> Exper
 def replacement_error(
     parts: Parts, activation: Activation, inputs_SD: Tensor, gates_S: Tensor, own_SD: Tensor
 ) -> float:
-    """Mean of `gate^2 |P(x) - E(x)|^2` over inputs of an expert E, for another one in its place.
+    """`gated_replacement_error` of an expert with these parts.
 
     Args:
-        parts: P's.
+        parts: What would stand in the expert's place.
         activation: Form of both.
-        inputs_SD: Inputs of E.
+        inputs_SD: Inputs of the expert that is replaced.
         gates_S: What its outputs are multiplied with.
-        own_SD: E's outputs.
+        own_SD: Its outputs.
     """
     if not len(inputs_SD):
         return 0.0
-    difference_SD = run_expert(parts, activation, inputs_SD).output_SD - own_SD
-    return float((difference_SD.square().sum(dim=1) * gates_S.square()).mean())
+    return gated_replacement_error(gates_S, own_SD, run_expert(parts, activation, inputs_SD).output_SD)

@@ -13,11 +13,11 @@ from moemerge.consolidation.allocation import Allocation, Encoding, SlotCosts, a
 from moemerge.consolidation.costs import Members, Shared, slot_costs
 from moemerge.consolidation.evidence import LayerRecord, Ref, SlotRecord
 from moemerge.consolidation.ladder import NONE, PLAIN, Ladder, Shapes
+from moemerge.similarity.saliency import find_super_experts
 
 _BALANCING_ROUNDS = 12
 _BALANCED = 1.25
 """The worst variant may be hurt so much more than the mean before its damage counts more."""
-_SUPER_SHARE, _SUPER_OVER_MEDIAN = 0.1, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,28 +103,26 @@ def predicted_loss(spending: Spending, variant: str, prices: Prices) -> float:
     return prices.weight(variant) * sum(spending.damage[variant].values())
 
 
-def super_experts(records: Sequence[LayerRecord]) -> set[tuple[int, Ref]]:
-    """Experts with massive activations, which stay as they are: (layer index, (variant, slot)).
-
-    Those whose largest output is at least a tenth of the model's, and far above the median expert's.
-
-    Source: Su et al. 2025, super experts (arXiv:2507.23279); the distance to the median stands for its
-    percentile, which would name one expert of a model that has none.
-    """
-    largest = [
-        (value, record.index, ref)
-        for record in records
-        for slot in record.slots
-        for refs, value in zip(slot.owners, slot.largest, strict=True)
-        for ref in refs
-    ]
+def super_experts(records: Sequence[LayerRecord], variants: Sequence[str]) -> set[tuple[int, Ref]]:
+    """Experts with massive activations, which stay as they are: (layer index, (variant, slot))."""
     found = set()
-    for variant in {ref[0] for _, _, ref in largest}:
-        own = [(value, index, ref) for value, index, ref in largest if ref[0] == variant]
-        values = [value for value, _, _ in own]
-        least = max(_SUPER_SHARE * max(values), _SUPER_OVER_MEDIAN * statistics.median(values))
-        found |= {(index, ref) for value, index, ref in own if value > least > 0}
+    for name in variants:
+        places = [
+            [
+                (value, (record.index, ref))
+                for refs, value in _largest(record)
+                for ref in refs
+                if ref[0] == name
+            ]
+            for record in records
+        ]
+        extreme = find_super_experts([[value for value, _ in row] for row in places])
+        found |= {places[row][column][1] for row, column in extreme}
     return found
+
+
+def _largest(record: LayerRecord) -> list[tuple[list[Ref], float]]:
+    return [pair for slot in record.slots for pair in zip(slot.owners, slot.largest, strict=True)]
 
 
 def _spend_once(
@@ -135,7 +133,7 @@ def _spend_once(
     emphasis: Mapping[str, float],
 ) -> Spending:
     places = [(record, slot) for record in records for slot in record.slots]
-    exact = super_experts(records)
+    exact = super_experts(records, variants)
     hulls = []
     for record, slot in places:
         weights = [sum(prices.weight(name) * emphasis[name] for name, _ in refs) for refs in slot.owners]

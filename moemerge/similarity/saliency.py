@@ -10,6 +10,8 @@ from torch import Tensor
 
 SUPER_PERCENTILE = 99.5
 SUPER_SHARE = 0.1
+SUPER_OVER_MEDIAN = 30.0
+"""Of few experts one always lies above the percentile; massive activations are far above all others."""
 
 
 def saliency(gates_S: Tensor, outputs_SD: Tensor) -> float:
@@ -26,7 +28,7 @@ def find_super_experts(output_max_LE: Sequence[Sequence[float]]) -> list[tuple[i
     """Experts whose outputs hold the model's extreme values, as (row, slot); they are to stay exact.
 
     An expert is one when its largest absolute output entry lies above the 99.5th percentile of all
-    experts' and above a tenth of the model's largest.
+    experts', above a tenth of the model's largest, and far above the median.
 
     Args:
         output_max_LE: Largest absolute output entry by layer and slot.
@@ -37,5 +39,6 @@ def find_super_experts(output_max_LE: Sequence[Sequence[float]]) -> list[tuple[i
     if not maxima_LE.numel():
         return []
     percentile = torch.quantile(maxima_LE.flatten(), SUPER_PERCENTILE / 100)
-    is_super_LE = (maxima_LE > percentile) & (maxima_LE > SUPER_SHARE * maxima_LE.max())
+    least = max(SUPER_SHARE * maxima_LE.max(), SUPER_OVER_MEDIAN * maxima_LE.median())
+    is_super_LE = (maxima_LE > percentile) & (maxima_LE > least)
     return [(int(layer), int(slot)) for layer, slot in is_super_LE.nonzero()]

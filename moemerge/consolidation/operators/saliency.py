@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from moemerge.consolidation.operators.cluster import Cluster, Member
+from moemerge.consolidation.operators.cluster import Cluster
 from moemerge.consolidation.operators.mean import weighted_mean
+from moemerge.similarity.saliency import saliency
 
 
 def saliency_mean(cluster: Cluster) -> dict[str, Tensor]:
@@ -11,10 +12,5 @@ def saliency_mean(cluster: Cluster) -> dict[str, Tensor]:
 
     Source: REAP's saliency (arXiv:2510.13999) as the weight of REAM's average (arXiv:2604.04356).
     """
-    return weighted_mean(cluster, [member.weight * _saliency(member) for member in cluster.members])
-
-
-def _saliency(member: Member) -> float:
-    if not len(member.gates_S):
-        return 0.0
-    return float((member.gates_S * member.own.output_SD.norm(dim=1)).mean())
+    weights = [member.weight * saliency(member.gates_S, member.own.output_SD) for member in cluster.members]
+    return weighted_mean(cluster, weights)
