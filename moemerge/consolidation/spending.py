@@ -121,8 +121,15 @@ def super_experts(records: Sequence[LayerRecord], variants: Sequence[str]) -> se
     return found
 
 
-def _largest(record: LayerRecord) -> list[tuple[list[Ref], float]]:
-    return [pair for slot in record.slots for pair in zip(slot.owners, slot.largest, strict=True)]
+def _own_largest(record: LayerRecord, variant: str) -> list[tuple[float, tuple[int, Ref]]]:
+    """Largest output of each of the variant's experts in a layer, with the expert."""
+    return [
+        (value, (record.index, ref))
+        for slot in record.slots
+        for refs, value in zip(slot.owners, slot.largest, strict=True)
+        for ref in refs
+        if ref[0] == variant
+    ]
 
 
 def _spend_once(

@@ -88,7 +88,8 @@ def choose_scale(values_NB: Tensor, bits: int, importance_B: Tensor) -> Tensor:
 
 def decode(codes_NB: Tensor, scale_N1: Tensor, bits: int) -> Tensor:
     """Values of codes with one scale a row, as `PackedMatrix.dense` has them."""
-    return (codes_NB.float() - (2 ** (bits - 1) - 0.5)) * scale_N1.float()
+    steps_NB: Tensor = codes_NB.float() - (2 ** (bits - 1) - 0.5)
+    return steps_NB * scale_N1.float()
 
 
 def _nearest(values_NB: Tensor, scale_N1: Tensor, bits: int) -> Tensor:
