@@ -107,15 +107,7 @@ def super_experts(records: Sequence[LayerRecord], variants: Sequence[str]) -> se
     """Experts with massive activations, which stay as they are: (layer index, (variant, slot))."""
     found = set()
     for name in variants:
-        places = [
-            [
-                (value, (record.index, ref))
-                for refs, value in _largest(record)
-                for ref in refs
-                if ref[0] == name
-            ]
-            for record in records
-        ]
+        places = [_own_largest(record, name) for record in records]
         extreme = find_super_experts([[value for value, _ in row] for row in places])
         found |= {places[row][column][1] for row, column in extreme}
     return found
