@@ -142,6 +142,7 @@ def _print_rungs(plan: "ConsolidationPlan") -> None:
     from collections import Counter
 
     from moemerge.cli.tables import print_table
+    from moemerge.consolidation.measured import NOISE
 
     rungs: dict[str, Counter[str]] = {name: Counter() for name in plan.variants}
     for layer in plan.layers:
@@ -155,6 +156,6 @@ def _print_rungs(plan: "ConsolidationPlan") -> None:
     names = sorted({rung for counts in rungs.values() for rung in counts})
     rows = [[rung, *(counts[rung] for counts in rungs.values())] for rung in names]
     print_table("Slots of each variant by how they are stored", ["stored", *rungs], rows)
-    told = "share of the gain" if plan.evidence != "noise" else "relative to layer outputs, on noise"
+    told = "on noise, without text" if plan.evidence == NOISE else "on calibration text"
     losses = ", ".join(f"{name} {loss:.3g}" for name, loss in plan.predicted_damage.items())
-    typer.echo(f"Predicted damage ({told}): {losses}")
+    typer.echo(f"Predicted damage, summed over layers, {told}: {losses}")

@@ -94,8 +94,8 @@ class MeasuredPlan:
         layers: Pools and residuals.
         pool_bytes: Bytes of all pool experts.
         residual_bytes: Bytes of all residuals.
-        predicted: By variant, loss as share of what fine-tuning gained, or in units of layer outputs when
-            that is not known.
+        predicted: By variant, damage summed over layers, over what fine-tuning gained when that is known. It
+            compares variants and plans; a loss in nats is to be measured.
     """
 
     layers: list[PlannedLayer]
