@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moemerge.checkpoint.writer import TensorToWrite, memory_tensor
 from moemerge.consolidation.codes.moments import add_moments
-from moemerge.consolidation.evidence import Evidence, Ref
+from moemerge.consolidation.evidence import Evidence, Ref, inputs_of
 from moemerge.consolidation.ladder import encode, encode_residual
 from moemerge.consolidation.operators import OPERATORS, Cluster, Member
 from moemerge.consolidation.plan import PlannedExpert, PlannedLayer
@@ -71,7 +71,7 @@ def to_write(parts: Mapping[str, Matrix]) -> dict[str, TensorToWrite | PackedMat
 
 def _member(evidence: Evidence, layer_index: int, ref: Ref) -> Member:
     statistics = evidence.statistics.layer(ref[0], layer_index)
-    slot = statistics.slots[ref[1]]
+    slot = inputs_of(statistics, ref[1])
     member = evidence.member(evidence.parts(layer_index, ref), [slot], slice(None))
     return replace(member, weight=slot.count / (statistics.output_square_sum or 1.0))
 

@@ -4,6 +4,7 @@ Loads one slot of all variants at a time; the arithmetic is `costs`. What is mea
 record, kept with the bundle's reports, so that a killed run measures each layer once.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -34,6 +35,11 @@ from moemerge.similarity.matrices import LayerSimilarity
 
 _FULLY_MEASURED = 2
 """Slots of a layer, the most used ones, on which codes are measured in full."""
+
+_LEAST_TOKENS = 16
+"""A slot with fewer tokens is judged by those of the most used slot."""
+
+logger = logging.getLogger(__name__)
 
 Ref = tuple[str, int]
 
@@ -124,6 +130,14 @@ class Evidence:
             advance: Told of the bytes of experts that are done.
         """
         statistics = {name: self.statistics.layer(name, similarity.layer) for name in similarity.variants}
+        for name, seen in statistics.items():
+            if slots := unreached(seen):
+                logger.warning(
+                    "variant %s, layer %d: text hardly reaches slots %s; inputs of the most used slot stand in",
+                    name,
+                    similarity.layer,
+                    ", ".join(map(str, slots)),
+                )
         groups = slot_groups(similarity)
         usage = [
             sum(statistics[name].slots[slot].output_square_sum for refs in owners for name, slot in refs)
@@ -171,7 +185,7 @@ class Evidence:
         members, judges, factors = [], [], []
         for refs in owners:
             parts = self.parts(similarity.layer, refs[0])
-            found = [statistics[name].slots[slot] for name, slot in refs]
+            found = [inputs_of(statistics[name], slot) for name, slot in refs]
             members.append(self.member(parts, found, slice(0, None, 2)))
             judges.append(self.member(parts, found, slice(1, None, 2)))
             energy = sum(statistics[name].output_square_sum for name, _ in refs) or 1.0
@@ -212,6 +226,36 @@ class Evidence:
     def stored(self, layer_index: int, ref: Ref) -> Mapping[str, StoredTensor]:
         """Places of an expert's parts."""
         return self.variants.variants[ref[0]].experts[layer_index, ref[1]]
+
+
+def inputs_of(layer: LayerStatistics, slot: int) -> SlotStatistics:
+    """Statistics of a slot; where the text hardly reached it, a little of what the most used slot was given.
+
+    An expert that no token met would otherwise count for nothing, and be left in whatever is cheapest.
+    """
+    own = layer.slots[slot]
+    if own.count >= _LEAST_TOKENS:
+        return own
+    busiest = max(layer.slots, key=lambda other: other.count)
+    if not busiest.count:
+        return own
+    # Moments are sums over tokens: as many as are pretended.
+    share = _LEAST_TOKENS / busiest.count
+    return replace(
+        busiest,
+        count=_LEAST_TOKENS,
+        gate_sum=busiest.gate_sum * share,
+        gate_square_sum=busiest.gate_square_sum * share,
+        saliency_sum=busiest.saliency_sum * share,
+        output_square_sum=busiest.output_square_sum * share,
+        output_max=own.output_max,
+        moment_DD=busiest.moment_DD * share,
+    )
+
+
+def unreached(layer: LayerStatistics) -> list[int]:
+    """Slots that the text hardly reached."""
+    return [number for number, slot in enumerate(layer.slots) if slot.count < _LEAST_TOKENS]
 
 
 def slot_groups(similarity: LayerSimilarity) -> list[list[list[Ref]]]:
