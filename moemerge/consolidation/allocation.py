@@ -23,13 +23,15 @@ class ClusterCosts:
     Attributes:
         members: Experts of the slot, by number.
         pool_bytes: Of the pool expert in each code.
-        residual_bytes: Of one member's residual, by code.
+        residual_bytes: Of one residual, by code.
+        copies: By member, how many slots have it; each of them stores its own residual.
         damage: Of a member by pool code and residual; a cluster of one needs no residual.
     """
 
     members: tuple[int, ...]
     pool_bytes: Mapping[Choice, int]
     residual_bytes: Mapping[Choice, int]
+    copies: Mapping[int, int]
     damage: Mapping[int, Mapping[tuple[Choice, Choice], float]]
 
 
@@ -179,7 +181,8 @@ def _member_point(
     damage = cluster.damage[member][pool, residual]
     by_member = tuple(damage if number == member else 0.0 for number in range(len(weights)))
     encoding = Encoding((member,), pool, (residual,))
-    return Point(cluster.residual_bytes[residual], weights[member] * damage, by_member, (encoding,))
+    num_bytes = cluster.copies[member] * cluster.residual_bytes[residual]
+    return Point(num_bytes, weights[member] * damage, by_member, (encoding,))
 
 
 def _sum_of_hulls(hulls: Sequence[Sequence[Point]], num_members: int) -> list[Point]:

@@ -142,6 +142,7 @@ def slot_costs(
     partitions: Sequence[Sequence[Members]],
     shared: Mapping[Members, Shared],
     probes: Sequence[float],
+    copies: Sequence[int],
     factors: Factors,
     ladder: Ladder,
     shapes: Shapes,
@@ -153,6 +154,7 @@ def slot_costs(
         partitions: Ways to divide the experts into those that share.
         shared: By cluster of several experts.
         probes: Of every expert, see `probe`.
+        copies: How many slots have each expert.
         factors: Of the layer.
         ladder: The codes.
         shapes: Of an expert.
@@ -169,7 +171,8 @@ def slot_costs(
                 number: _shared_damage(shared[numbers].damage[number], probes[number], factors, ladder)
                 for number in numbers
             }
-        costs[numbers] = ClusterCosts(numbers, pool_bytes, residual_bytes, damage)
+        of_member = {number: copies[number] for number in numbers}
+        costs[numbers] = ClusterCosts(numbers, pool_bytes, residual_bytes, of_member, damage)
     return SlotCosts([[costs[numbers] for numbers in partition] for partition in partitions])
 
 

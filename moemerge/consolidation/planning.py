@@ -6,6 +6,7 @@ measures each layer once.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,20 +127,7 @@ def build_plan(
     if allowed is not None and total > allowed:
         can_share_more = options.policy == DEFAULT_POLICY and not options.within
         raise refuse_budget(options.budget, allowed, total, variant_bytes, can_share_more=can_share_more)
-    return ConsolidationPlan(
-        schema="moemerge/plan@2",
-        family=variants.first.family.model_type,
-        budget=options.budget.text,
-        policy=options.policy,
-        within=options.within,
-        num_slots=variants.first.num_experts,
-        variants={name: _planned(variant, reader) for name, variant in variants.variants.items()},
-        base=_planned(variants.base, reader) if variants.base else None,
-        variant_bytes=variant_bytes,
-        pool_bytes=total,
-        allowed_bytes=allowed,
-        layers=planned,
-    )
+    return _plan_of(variants, options, reader, variant_bytes=variant_bytes, pool_bytes=total, layers=planned)
 
 
 def measure_costs(
@@ -191,19 +179,13 @@ def build_measured_plan(
     total = decided.pool_bytes + decided.residual_bytes
     if total > allowed:
         raise refuse_budget(options.budget, allowed, total, variant_bytes, can_share_more=False)
-    return ConsolidationPlan(
-        schema="moemerge/plan@2",
-        family=variants.first.family.model_type,
-        budget=options.budget.text,
-        policy=options.policy,
-        within=False,
-        num_slots=variants.first.num_experts,
-        variants={name: _planned(variant, reader) for name, variant in variants.variants.items()},
-        base=_planned(variants.base, reader) if variants.base else None,
+    return _plan_of(
+        variants,
+        options,
+        reader,
         variant_bytes=variant_bytes,
         pool_bytes=decided.pool_bytes,
         residual_bytes=decided.residual_bytes,
-        allowed_bytes=allowed,
         predicted_damage={name: float(f"{loss:.{_DIGITS}g}") for name, loss in decided.predicted.items()},
         evidence=statistics.identity,
         layers=decided.layers,
@@ -297,6 +279,25 @@ def _residual_bytes(layers: list[PlannedLayer], variants: VariantSet) -> int:
 
 def _variant_bytes(variants: VariantSet) -> int:
     return max(variant.expert_bytes for variant in variants.variants.values())
+
+
+def _plan_of(
+    variants: VariantSet, options: PlanOptions, reader: TensorReader, *, variant_bytes: int, **decided: Any
+) -> ConsolidationPlan:
+    """A plan for these variants, with fields of `ConsolidationPlan` that were decided."""
+    return ConsolidationPlan(
+        schema="moemerge/plan@2",
+        family=variants.first.family.model_type,
+        budget=options.budget.text,
+        policy=options.policy,
+        within=options.within,
+        num_slots=variants.first.num_experts,
+        variants={name: _planned(variant, reader) for name, variant in variants.variants.items()},
+        base=_planned(variants.base, reader) if variants.base else None,
+        variant_bytes=variant_bytes,
+        allowed_bytes=options.budget.allowed_bytes(variant_bytes),
+        **decided,
+    )
 
 
 def _planned(checkpoint: Checkpoint, reader: TensorReader) -> PlannedVariant:

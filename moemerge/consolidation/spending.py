@@ -156,6 +156,7 @@ def _costs(
         [[tuple(numbers) for numbers in partition] for partition in partitions],
         slot.clusters(),
         slot.probes,
+        [len(refs) for refs in slot.owners],
         record.factors(),
         ladder,
         prices.shapes,
