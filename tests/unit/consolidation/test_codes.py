@@ -1,0 +1,142 @@
+"""How codes are chosen: nearest, with feedback from inputs, and as thin factors."""
+
+import pytest
+import torch
+
+from moemerge.consolidation.codes.low_rank import factorise
+from moemerge.consolidation.codes.moments import (
+    BLOCK_COLUMNS,
+    add_moments,
+    moment_of_matrix,
+    moment_of_rows,
+)
+from moemerge.consolidation.codes.rounding import choose_scale, round_nearest, round_with_feedback
+from moemerge.models.packed import WIDTHS, spread, unpack
+
+ROWS, COLUMNS, INPUTS = 24, 128, 600
+WIDE = BLOCK_COLUMNS + 16
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(columns=COLUMNS, seed=1):
+    """The moment of inputs that mostly lie in few directions, as hidden states do."""
+    directions = draw(columns // 8, columns, seed=seed)
+    inputs = draw(INPUTS, columns // 8, seed=seed + 1) @ directions + 0.3 * draw(
+        INPUTS, columns, seed=seed + 2
+    )
+    return moment_of_rows(inputs, torch.rand(INPUTS, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("bits", sorted(WIDTHS))
+@pytest.mark.parametrize("group", [32, 48, COLUMNS])
+def test_nearest_codes_are_within_half_a_step_of_what_is_not_clipped(bits, group):
+    matrix = draw(ROWS, COLUMNS)
+    packed = round_nearest(matrix, bits, group)
+    assert packed.scales.shape == (ROWS, -(-COLUMNS // group))
+    step = spread(packed.scales, group, COLUMNS).expand(ROWS, COLUMNS)
+    inside = matrix.abs() <= step * 2 ** (bits - 1)
+    assert inside.float().mean() > 0.5
+    assert ((packed.dense() - matrix).abs()[inside] <= step[inside] * 0.5001).all()
+    outside = unpack(packed.codes, bits)[~inside]
+    assert ((outside == 0) | (outside == 2**bits - 1)).all()
+
+
+def test_more_bits_are_closer():
+    matrix = draw(ROWS, COLUMNS)
+    errors = [float((round_nearest(matrix, bits, 32).dense() - matrix).norm()) for bits in sorted(WIDTHS)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_rows_of_zeros_stay_next_to_nothing():
+    for bits in sorted(WIDTHS):
+        assert float(round_nearest(torch.zeros(2, 16), bits, 16).dense().abs().max()) < 1e-20
+
+
+def test_scale_follows_the_columns_that_matter():
+    """One far entry makes a wide scale, unless an error there weighs nothing."""
+    values = draw(1, 32)
+    values[0, 0] = 100.0
+    unimportant = torch.ones(32)
+    unimportant[0] = 0
+    assert choose_scale(values, 3, unimportant) < choose_scale(values, 3, torch.ones(32))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, COLUMNS])
+def test_feedback_does_less_damage_on_correlated_inputs_than_the_nearest_codes(bits, group):
+    matrix, moment = draw(ROWS, COLUMNS), correlated()
+    near, fed = round_nearest(matrix, bits, group), round_with_feedback(matrix, bits, group, moment)
+    assert moment.error(fed.dense() - matrix) < moment.error(near.dense() - matrix)
+    assert (fed.bits, fed.group, fed.codes.shape) == (near.bits, near.group, near.codes.shape)
+    assert fed.scales.shape == near.scales.shape
+
+
+def test_rows_wider_than_a_block_of_inputs_have_one_scale():
+    matrix, moment = draw(4, WIDE), correlated(WIDE)
+    assert [len(block) for block in moment.blocks] == [BLOCK_COLUMNS, WIDE - BLOCK_COLUMNS]
+    fed = round_with_feedback(matrix, 8, WIDE, moment)
+    assert fed.scales.shape == (4, 1)
+    assert fed.shape == (4, WIDE)
+    near = round_nearest(matrix, 8, WIDE)
+    assert moment.error(fed.dense() - matrix) < moment.error(near.dense() - matrix)
+
+
+@pytest.mark.parametrize("group", [64, BLOCK_COLUMNS])
+def test_groups_go_on_behind_a_block_of_inputs(group):
+    fed = round_with_feedback(draw(4, WIDE), 4, group, correlated(WIDE))
+    assert fed.scales.shape == (4, -(-WIDE // group))
+    assert fed.dense().isfinite().all()
+
+
+def test_without_inputs_codes_are_the_nearest():
+    matrix, nothing = draw(ROWS, COLUMNS), moment_of_rows(torch.zeros(0, COLUMNS), torch.zeros(0))
+    assert nothing.is_empty
+    fed, near = round_with_feedback(matrix, 4, 32, nothing), round_nearest(matrix, 4, 32)
+    assert torch.equal(fed.codes, near.codes)
+    assert torch.equal(fed.scales, near.scales)
+
+
+def test_columns_that_no_input_reaches_are_rounded_all_the_same():
+    inputs = draw(INPUTS, COLUMNS)
+    inputs[:, 32:64] = 0
+    matrix = draw(ROWS, COLUMNS)
+    fed = round_with_feedback(matrix, 8, 32, moment_of_rows(inputs, torch.ones(INPUTS))).dense()
+    torch.testing.assert_close(fed[:, 32:64], matrix[:, 32:64], atol=0.05, rtol=0)
+
+
+def test_factors_that_know_the_inputs_do_less_damage_than_those_that_do_not():
+    matrix, moment = draw(ROWS, COLUMNS), correlated()
+    for rank in (1, 4, 16):
+        knowing, plain = factorise(matrix, rank, moment), factorise(matrix, rank)
+        assert knowing.left.shape == (ROWS, rank)
+        assert knowing.right.shape == (rank, COLUMNS)
+        assert moment.error(knowing.dense() - matrix) < moment.error(plain.dense() - matrix)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_factors_of_full_rank_are_the_matrix_up_to_bf16(known):
+    matrix = draw(ROWS, COLUMNS)
+    for rank in (ROWS, 10 * ROWS):
+        found = factorise(matrix, rank, correlated() if known else None)
+        assert found.left.shape == (ROWS, ROWS)
+        assert float((found.dense() - matrix).norm() / matrix.norm()) < 2**-6
+
+
+def test_moments_add_up_and_are_sums_over_inputs():
+    inputs, weights = draw(INPUTS, WIDE), torch.linspace(0, 1, INPUTS)
+    half = INPUTS // 2
+    whole = moment_of_rows(inputs, weights)
+    parts = [moment_of_rows(inputs[:half], weights[:half]), moment_of_rows(inputs[half:], weights[half:])]
+    for one, other in zip(add_moments(parts).blocks, whole.blocks, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+    full = inputs.T @ (inputs * weights.unsqueeze(1))
+    for one, other in zip(moment_of_matrix(full).blocks, whole.blocks, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(whole.diagonal(), full.diagonal(), atol=1e-3, rtol=1e-4)
+    narrow = moment_of_rows(inputs[:, :16], weights)
+    difference = draw(3, 16)
+    expected = ((inputs[:, :16] @ difference.T).square() * weights.unsqueeze(1)).sum()
+    assert narrow.error(difference) == pytest.approx(float(expected), rel=1e-4)

@@ -1,0 +1,121 @@
+"""What sharing and codes cost, measured on an expert's own inputs."""
+
+import pytest
+import torch
+
+from moemerge.consolidation.costs import Factors, Shared, Slot, measure_factors, probe, race, slot_costs
+from moemerge.consolidation.ladder import code_size, ladder_of
+from moemerge.consolidation.operators import OPERATORS, RACED, Member
+from moemerge.models import Activation
+
+D, F, S = 32, 48, 200
+SHAPES = {"gate": (F, D), "up": (F, D), "down": (D, F)}
+LADDER = ladder_of(SHAPES)
+PLAIN_BYTES = 2 * sum(rows * columns for rows, columns in SHAPES.values())
+
+
+def draw_parts(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {part: torch.randn(shape, generator=generator) / 6 for part, shape in SHAPES.items()}
+
+
+def member(parts, seed, rows=S):
+    generator = torch.Generator().manual_seed(100 + seed)
+    # Most of an input lies in a few directions, as in hidden states.
+    directions = torch.randn(D // 4, D, generator=torch.Generator().manual_seed(7))
+    inputs = torch.randn(rows, D // 4, generator=generator) @ directions / 3
+    inputs += 0.2 * torch.randn(rows, D, generator=generator)
+    return Member(parts, Activation.SILU_GATED, inputs, torch.rand(rows, generator=generator))
+
+
+def slot(num=2, distance=0.1, rows=S):
+    base = draw_parts(0)
+    experts = [
+        {part: matrix + distance * draw_parts(number + 1)[part] for part, matrix in base.items()}
+        for number in range(num)
+    ]
+    members = [member(parts, number, rows) for number, parts in enumerate(experts)]
+    judges = [member(parts, 50 + number, rows) for number, parts in enumerate(experts)]
+    return Slot(members, judges, [0.5] * num, [])
+
+
+@pytest.fixture(scope="module")
+def factors():
+    return measure_factors([slot()], LADDER)
+
+
+def test_every_code_has_its_factors(factors):
+    assert factors.own.keys() == factors.pool.keys() == LADDER.pool.keys()
+    assert factors.residual.keys() == {(p, r) for p in LADDER.pool for r in LADDER.residuals if r != "none"}
+    assert factors.own["plain"] == factors.pool["plain"] == 0
+
+
+def test_fewer_bits_cost_more(factors):
+    codes = ["plain", "8-bit", "6-bit", "5-bit", "4-bit", "3-bit"]
+    for found in (factors.own, factors.pool):
+        assert [found[name] for name in codes] == sorted(found.values())
+    for pool in LADDER.pool:
+        left = [factors.residual[pool, f"{bits}-bit"] for bits in (1, 2, 3, 4)]
+        assert left == sorted(left, reverse=True)
+        assert left[0] < 1
+
+
+def test_feedback_makes_four_bits_cheaper_than_plain_rounding(factors):
+    assert factors.own["4-bit"] < 1
+
+
+def test_race_is_won_by_the_operator_of_least_damage():
+    given = slot(3)
+    found = race(given, (0, 2), RACED)
+    sums = {
+        name: sum(given.damage(n, OPERATORS[name].make(given.cluster((0, 2)))) for n in (0, 2))
+        for name in RACED
+    }
+    assert sums[found.operator] == min(sums.values())
+    assert found.damage.keys() == {0, 2}
+    assert sum(found.damage.values()) == pytest.approx(sums[found.operator])
+
+
+def test_equal_experts_lose_nothing_by_sharing():
+    found = race(slot(2, distance=0), (0, 1), ["mean"])
+    assert max(found.damage.values()) < 1e-10
+
+
+def test_damage_is_the_gated_error_times_the_factor():
+    given = slot()
+    other = given.members[1].matrices
+    judge = given.judges[0]
+    error = (
+        Member(other, judge.activation, judge.inputs_SD, judge.gates_S).own.output_SD - judge.own.output_SD
+    )
+    expected = 0.5 * float((error.square().sum(dim=1) * judge.gates_S.square()).mean())
+    assert given.damage(0, other) == pytest.approx(expected, rel=1e-5)
+    assert given.damage(0, given.members[0].matrices) == 0
+
+
+def test_expert_without_inputs_has_no_damage():
+    given = slot(rows=0)
+    assert probe(given, 0) == 0
+    assert set(race(given, (0, 1), RACED).damage.values()) == {0.0}
+
+
+def test_costs_of_a_slot_are_put_together_from_what_was_measured():
+    factors = Factors(
+        dict.fromkeys(LADDER.pool, 0.5),
+        dict.fromkeys(LADDER.pool, 0.25),
+        {(p, r): 0.1 for p in LADDER.pool for r in LADDER.residuals if r != "none"},
+    )
+    shared = {(0, 1): Shared("mean", {0: 3.0, 1: 5.0})}
+    found = slot_costs(
+        [[(0,), (1,)], [(0, 1)]], shared, [1.0, 2.0], [1, 3], factors, LADDER, SHAPES, PLAIN_BYTES
+    )
+    (first, second), (both,) = found.partitions
+    assert second.damage == {1: {(name, "none"): 1.0 for name in LADDER.pool}}
+    assert first.pool_bytes == {
+        name: code_size(code, SHAPES, PLAIN_BYTES) for name, code in LADDER.pool.items()
+    }
+    assert both.pool_bytes["plain"] == PLAIN_BYTES
+    assert both.residual_bytes["none"] == 0
+    assert both.copies == {0: 1, 1: 3}
+    assert both.damage[1]["4-bit", "none"] == 5.5
+    assert both.damage[1]["4-bit", "2-bit"] == pytest.approx(0.55)
