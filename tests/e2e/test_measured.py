@@ -1,0 +1,137 @@
+"""Consolidation by measured cost as a user runs it: the shipped family with its texts, and tiny ones."""
+
+from pathlib import Path
+
+import pytest
+
+from moemerge.bundle.manifest import read_manifest
+from moemerge.calibration.folder import open_calibration
+from moemerge.checkpoint.tensors import TensorReader
+from moemerge.checkpoint.variants import open_variants
+from moemerge.consolidation.evidence import LayerRecord
+from moemerge.consolidation.measured import TextStatistics
+from moemerge.consolidation.plan import write_plan
+from moemerge.consolidation.planning import build_measured_plan
+from moemerge.consolidation.recipe import options_of
+from moemerge.refs import FolderRef
+from tests.e2e.program import call_program, start_slow_program, tree
+from tests.e2e.test_interruption import wait_for_step
+from tests.factories import write_siblings
+
+MINI = Path(__file__).parents[2] / "examples" / "families" / "mini"
+NAMES = ("code", "sums")
+SOURCES = [f"{name}={MINI / name}" for name in NAMES]
+TEXTS = [word for name in NAMES for word in ("--text", f"{name}={MINI / 'text' / name}.txt")]
+MEASURED = ("--policy", "measured")
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibration") / "mini"
+    options = ["--tokens", 2048, "--base", MINI / "base"]
+    done = call_program("calibrate", *SOURCES, *TEXTS, "-o", folder, *options)
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(calibration, tmp_path_factory):
+    """A bundle of 0.6x, and what the program said of it."""
+    bundle = tmp_path_factory.mktemp("merged") / "duo.moe"
+    options = ["--budget", "0.6x", *MEASURED, "--calibration", calibration]
+    done = call_program("merge", *SOURCES, *options, "-o", bundle, "--json")
+    assert done.code == 0, done.err
+    return bundle, done.envelope["data"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Arguments for two fine-tunes that are planned in a second, without text."""
+    _, folders = write_siblings(tmp_path_factory.mktemp("tiny"))
+    return [*(f"{name}={folder}" for name, folder in folders.items()), *MEASURED, "--budget", "0.7x"]
+
+
+def check_bundle(bundle, data, budget):
+    """It is whole, and within a budget that it makes use of; maps come on top."""
+    assert call_program("verify", bundle).code == 0
+    manifest = read_manifest(bundle)
+    stored = data["pool_bytes"] + data["residual_bytes"]
+    assert 0.9 * budget * manifest.variant_bytes < stored <= budget * manifest.variant_bytes
+    assert stored / manifest.variant_bytes <= data["bytes_ratio"] < budget + 0.001
+    return {name: variant.damage["predicted"] for name, variant in manifest.variants.items()}
+
+
+def test_bundle_is_whole_and_within_its_budget(merged):
+    assert check_bundle(*merged, 0.6).keys() == set(NAMES)
+
+
+def test_more_budget_is_predicted_to_lose_less(merged, calibration, tmp_path):
+    """What the first merge measured is in its reports, and serves a plan for another budget."""
+    variants = open_variants({name: FolderRef(MINI / name) for name in NAMES})
+    reports = sorted((merged[0] / "reports").glob("costs-layer-*.json"))
+    records = [LayerRecord.model_validate_json(path.read_bytes()) for path in reports]
+    statistics = TextStatistics(open_calibration(calibration), NAMES)
+    with TensorReader() as reader:
+        plan = build_measured_plan(variants, records, options_of("1x", "measured"), statistics, reader)
+    assert plan.evidence.startswith("text:")
+    write_plan(plan, tmp_path / "plan.json")
+    options = ["--plan", tmp_path / "plan.json", "--calibration", calibration]
+    done = call_program("merge", *SOURCES, *options, "-o", tmp_path / "duo.moe", "--json")
+    assert done.code == 0, done.err
+    tight, wide = check_bundle(*merged, 0.6), check_bundle(tmp_path / "duo.moe", done.envelope["data"], 1)
+    assert all(0 < wide[name] < predicted for name, predicted in tight.items())
+
+
+def test_exported_variant_answers_in_transformers_as_the_bundle_does(merged, tmp_path):
+    import torch
+    import transformers
+
+    folder, prompt = tmp_path / "code", "def add("
+    assert call_program("export", merged[0], "-v", "code", "-o", folder).code == 0
+    options = ["-v", "code", "--max-tokens", 16, "--dtype", "float32", "--json"]
+    ran = call_program("run", merged[0], prompt, *options)
+    assert ran.code == 0, ran.err
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")["input_ids"]
+    answer = model.generate(
+        tokens, attention_mask=tokens.new_ones(tokens.shape), max_new_tokens=16, do_sample=False
+    )
+    assert answer[0, tokens.shape[1] :].tolist() == ran.envelope["data"]["answers"][0]["token_ids"]
+
+
+def test_calibration_of_other_weights_is_refused(calibration):
+    sources = [f"code={MINI / 'scripture'}", f"sums={MINI / 'sums'}"]
+    done = call_program("plan", *sources, "--budget", "1x", "--calibration", calibration, "--json")
+    assert done.code == 4
+    assert "other weights than those given: code" in done.envelope["data"]["message"]
+
+
+def test_calibration_for_a_policy_that_does_not_read_it_is_refused(calibration):
+    done = call_program(
+        "plan", *SOURCES, "--budget", "1x", "--policy", "mean", "--calibration", calibration, "--json"
+    )
+    assert done.code == 3
+    assert "--policy measured" in done.envelope["data"]["message"]
+
+
+def test_without_text_noise_decides_and_the_plan_says_so(tiny, tmp_path):
+    plan, bundle = tmp_path / "plan.json", tmp_path / "duo.moe"
+    planned = call_program("plan", *tiny, "-o", plan, "--json")
+    assert planned.code == 0, planned.err
+    assert planned.envelope["data"]["evidence"] == "noise"
+    assert call_program("merge", *tiny[:2], "--plan", plan, "-o", bundle).code == 0
+    assert call_program("verify", bundle).code == 0
+
+
+def test_merge_killed_after_the_first_layer_continues_to_the_same_bytes(tiny, tmp_path):
+    whole, target = tmp_path / "whole.moe", tmp_path / "duo.moe"
+    assert call_program("merge", *tiny, "-o", whole).code == 0
+    process = start_slow_program("merge", *tiny, "-o", target)
+    wait_for_step(target, "pool 0")
+    process.kill()
+    process.communicate()
+    assert not target.exists()
+    again = call_program("merge", *tiny, "-o", target, "--json")
+    assert again.code == 0, again.err
+    assert again.envelope["data"]["resumed_layers"] == 1
+    assert tree(target) == tree(whole)
