@@ -3,7 +3,7 @@
 Pure but for reading experts; one slot at a time is in memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,7 +42,7 @@ def encode_expert(evidence: Evidence, layer: PlannedLayer, planned: PlannedExper
     merged = OPERATORS[planned.operator].make(
         Cluster([members[ref] for ref in different], evidence.base_parts(layer.index, planned.members[0][1]))
     )
-    dtype = _dtype_of(members[planned.members[0]].parts)
+    dtype = _widest([members[ref].parts for ref in different])
     parts: dict[str, Matrix]
     if planned.code is None:
         parts = {part: matrix.to(dtype) for part, matrix in merged.items()}
@@ -101,5 +101,6 @@ def _error(
     return (squared / norm) ** 0.5 if norm else 0.0
 
 
-def _dtype_of(parts: Parts) -> torch.dtype:
-    return next(iter(parts.values())).dtype
+def _widest(experts: Sequence[Parts]) -> torch.dtype:
+    found = [matrix.dtype for parts in experts for matrix in parts.values()]
+    return max(found, key=lambda dtype: dtype.itemsize)

@@ -176,7 +176,9 @@ def build_measured_plan(
     allowed = options.budget.allowed_bytes(variant_bytes)
     assert allowed is not None
     decided = decide(variants, records, allowed, statistics)
-    total = decided.pool_bytes + decided.residual_bytes
+    # Costs count every plain expert as the widest; those of narrower variants take less.
+    pool_bytes = _stored_bytes(decided.layers, variants)
+    total = pool_bytes + decided.residual_bytes
     if total > allowed:
         raise refuse_budget(options.budget, allowed, total, variant_bytes, can_share_more=False)
     return _plan_of(
@@ -184,7 +186,7 @@ def build_measured_plan(
         options,
         reader,
         variant_bytes=variant_bytes,
-        pool_bytes=decided.pool_bytes,
+        pool_bytes=pool_bytes,
         residual_bytes=decided.residual_bytes,
         predicted_damage={name: float(f"{loss:.{_DIGITS}g}") for name, loss in decided.predicted.items()},
         evidence=statistics.identity,

@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from moemerge.bundle.verify import verify_bundle
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.evidence import Evidence, LayerRecord, SlotRecord, slot_groups
 from moemerge.consolidation.ladder import code_size, ladder_of
 from moemerge.consolidation.measured import NoiseStatistics
+from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.planning import build_measured_plan, measure_costs, measure_layers, plan_variants
 from moemerge.consolidation.recipe import options_of
 from moemerge.consolidation.spending import Prices, spend
@@ -138,6 +141,20 @@ def test_copies_of_one_variant_lose_nothing_in_the_bytes_of_one(tmp_path):
     assert plan.predicted_damage == dict.fromkeys(NAMES, 0.0)
     assert plan.stored_bytes == plan.variant_bytes
     assert not plan.has_codes
+
+
+@pytest.mark.parametrize("budget", ["1x", "2x"])
+def test_variants_of_two_dtypes_take_the_bytes_that_the_plan_says(budget, tmp_path):
+    base = write_checkpoint(tmp_path / "base")
+    wide = write_checkpoint(tmp_path / "a", base=base, noise=0.1, seed=1, dtype="F32")
+    narrow = write_checkpoint(tmp_path / "b", base=base, noise=0.1, seed=2)
+    variants = open_variants({"a": FolderRef(wide), "b": FolderRef(narrow)})
+    plan = plan_variants(variants, options_of(budget, "measured"))
+    merge(variants, tmp_path / "duo.moe", plan)
+    verify_bundle(tmp_path / "duo.moe")
+    files = [path for part in ("pool", "residuals") for path in (tmp_path / "duo.moe" / part).rglob("*.*")]
+    stored = sum(tensor.nbytes for path in files for tensor in load_file(path).values())
+    assert stored == plan.stored_bytes
 
 
 def test_variant_far_from_its_siblings_shares_with_none_where_bytes_allow_it(tmp_path):
