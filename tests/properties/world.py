@@ -30,7 +30,7 @@ class Arrival:
 
     variant: str
 
-    def carry_out(self) -> Swap:
+    def carry_out(self, *, is_alone: bool = False) -> Swap:
         return Swap(variant=self.variant, moved_bytes=0, kept_bytes=0, seconds=0.0)
 
 
