@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moemerge.bundle.reader import Bundle
 from moemerge.errors import Busy, InvalidRecipe, NotFound, ServingError, UnsupportedCheckpoint
-from moemerge.models import Decoder
+from moemerge.models import Decoder, StandAlone
 from moemerge.runner.answers import Answers
 from moemerge.runner.dispatch import Dispatcher
 from moemerge.runner.forward import Forward
@@ -173,6 +173,17 @@ class Engine:
             raise UnsupportedCheckpoint("logits of a text are for decoder-only models")
         self.ensure_resident(variant)
         return self._forward.logits_alone(variant, token_ids_BT)
+
+    def stand_alone(self, variant: str) -> StandAlone:
+        """A variant as a model by itself, over the engine's pool; for measuring.
+
+        It holds as long as the variant stays resident.
+
+        Raises:
+            NotFound: The variant is not served.
+        """
+        self.ensure_resident(variant)
+        return self._forward.stand_alone(variant)
 
     # Variants
 

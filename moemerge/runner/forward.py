@@ -111,10 +111,12 @@ class Forward:
     @torch.inference_mode()
     def logits_alone(self, variant: str, token_ids_BT: Tensor) -> Tensor:
         """Logits [B, T, Vo] of rows of a decoder-only variant, without a cache."""
-        model = self.model(variant)
-        assert isinstance(model, Decoder)
-        weights, experts = self._view([(variant, token_ids_BT.numel())])
-        return StandAlone(model, weights, experts).forward(token_ids_BT.to(self._device))
+        return self.stand_alone(variant).forward(token_ids_BT.to(self._device))
+
+    def stand_alone(self, variant: str) -> StandAlone:
+        """An installed variant by itself, with a model of its own."""
+        weights, experts = self._view([(variant, 0)])
+        return StandAlone(model_of(self._bundle, variant), weights, experts)
 
     def _pass(self, items: list[Work]) -> list[VariantLogits]:
         model = self.model(items[0].sequence.variant)
