@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from moemerge.calibration.streaming import (
     EXPERT_ROWS,
+    CheckpointSource,
     KeepLayer,
     Source,
     StreamedCross,
@@ -25,7 +26,15 @@ from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.sizes import format_size
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.errors import InvalidRecipe, NotEnoughRoom
-from moemerge.models import Decoder, EncoderDecoder, OneVariant, build_batch, build_model
+from moemerge.models import (
+    Decoder,
+    EncoderDecoder,
+    Experts,
+    OneVariant,
+    Weights,
+    build_batch,
+    build_model,
+)
 from moemerge.progress import Progress, Silent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,7 +42,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FIXED_BYTES = 400 * 2**20
 # Of the free memory, when no limit is given.
 _FREE_SHARE = 0.7
-_LOGIT_ENTRIES = 2**23
+LOGIT_ENTRIES = 2**23
+"""Of logits that are computed at a time."""
+NO_LABEL = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +109,14 @@ def calibrate_variant(
     """
     options = options or CalibrationOptions()
     limit = pass_tokens(checkpoint, passages, options)
-    passes = list(_cut(passages, limit))
+    passes = list(cut_passes(passages, limit))
     report = progress or Silent()
     # What a head asks for again is not told.
     report.start(title, len(passes) * (checkpoint.expert_bytes + checkpoint.other_bytes))
     keys = _draw_keys(passages, options.seed)
     nll: list[float] = []
     with TensorReader() as reader:
-        source = Source(checkpoint, reader, DTYPES[options.dtype], report.advance)
+        source = CheckpointSource(checkpoint, reader, DTYPES[options.dtype], report.advance)
         for first, last in passes:
             part = passages[first:last]
             own_keys = {stack: torch.cat(drawn[first:last]) for stack, drawn in keys.items()}
@@ -122,12 +133,12 @@ def measure_nll(
 ) -> list[float]:
     """As `calibrate_variant`, but for nothing but the log-likelihood."""
     limit = pass_tokens(checkpoint, passages, options)
-    passes = list(_cut(passages, limit))
+    passes = list(cut_passes(passages, limit))
     report = progress or Silent()
     report.start(title, len(passes) * (checkpoint.expert_bytes + checkpoint.other_bytes))
     nll: list[float] = []
     with TensorReader() as reader:
-        source = Source(checkpoint, reader, DTYPES[options.dtype], report.advance)
+        source = CheckpointSource(checkpoint, reader, DTYPES[options.dtype], report.advance)
         for first, last in passes:
             nll += _run(source, passages[first:last], {}, 0, None)
     return nll
@@ -172,7 +183,7 @@ def _weight_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:
     expert = sum(itemsize * part.num_elements for part in parts) + max(part.nbytes for part in parts)
     settings = checkpoint.settings
     widths = 3 * int(settings["expert_size"] or 0) + 6 * int(settings["hidden_size"] or 0)
-    return max(other + 12 * _LOGIT_ENTRIES, expert + 4 * EXPERT_ROWS * widths)
+    return max(other + 12 * LOGIT_ENTRIES, expert + 4 * EXPERT_ROWS * widths)
 
 
 def _kept_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:
@@ -195,7 +206,7 @@ def _token_bytes(checkpoint: Checkpoint, longest: int, options: CalibrationOptio
     return entries * max(4, DTYPES[options.dtype].itemsize)
 
 
-def _cut(passages: Sequence[Passage], limit: int) -> Iterator[tuple[int, int]]:
+def cut_passes(passages: Sequence[Passage], limit: int) -> Iterator[tuple[int, int]]:
     """First and last, exclusive, of the passages of each pass."""
     bounds, tokens = [0], 0
     for number, passage in enumerate(passages):
@@ -231,18 +242,27 @@ def _run(
     model = build_model(checkpoint.family.arithmetic, checkpoint.settings)
     weights = StreamedWeights(source)
     experts = StreamedExperts(source, model.config.activation, keys, reservoir, keep)
-    if isinstance(model, Decoder):
-        hidden_TD = model.forward(build_batch([p.token_ids for p in passages]), weights, experts)
-        labels = [[*passage.token_ids[1:], _NO_LABEL] for passage in passages]
-    else:
-        hidden_TD = _answer(model, passages, weights, experts)
-        labels = [list(passage.target_ids) for passage in passages]
-    return _nll(model, hidden_TD, labels, source)
+    hidden_TD = hidden_states(model, passages, weights, experts)
+    return _nll(model, hidden_TD, labels_of(model, passages), source)
 
 
-def _answer(
-    model: EncoderDecoder, passages: Sequence[Passage], weights: StreamedWeights, experts: StreamedExperts
+def hidden_states(
+    model: Decoder | EncoderDecoder, passages: Sequence[Passage], weights: Weights, experts: Experts
 ) -> Tensor:
+    """Of all tokens that `labels_of` has labels for, after the decoder's last layer; [T, D]."""
+    if isinstance(model, Decoder):
+        return model.forward(build_batch([p.token_ids for p in passages]), weights, experts)
+    return _answer(model, passages, weights, experts)
+
+
+def labels_of(model: Decoder | EncoderDecoder, passages: Sequence[Passage]) -> list[list[int]]:
+    """What the model is to predict at every token of each passage; `NO_LABEL` where nothing follows."""
+    if isinstance(model, Decoder):
+        return [[*passage.token_ids[1:], NO_LABEL] for passage in passages]
+    return [list(passage.target_ids) for passage in passages]
+
+
+def _answer(model: EncoderDecoder, passages: Sequence[Passage], weights: Weights, experts: Experts) -> Tensor:
     """The decoder's hidden states while it is told the answer, no token of which is ever dropped.
 
     Serving decodes token by token, where capacity never binds; see `EncoderDecoder`.
@@ -256,9 +276,6 @@ def _answer(
     return model.decode(answers, weights, experts, None, cross, lengths)
 
 
-_NO_LABEL = -100
-
-
 def _nll(
     model: Decoder | EncoderDecoder, hidden_TD: Tensor, labels: Sequence[Sequence[int]], source: Source
 ) -> list[float]:
@@ -268,10 +285,10 @@ def _nll(
     weights = OneVariant({role: source.stored(role).to(hidden_TD.dtype) for role in roles})
     source.done({role: tensors[role] for role in roles if role != "embedding"})
     label_T = torch.tensor([label for own in labels for label in own])
-    rows = max(1, _LOGIT_ENTRIES // tensors[roles[1]].shape[0])
+    rows = max(1, LOGIT_ENTRIES // tensors[roles[1]].shape[0])
     losses = [
         functional.cross_entropy(
-            model.logits(hidden, weights).float(), label, ignore_index=_NO_LABEL, reduction="none"
+            model.logits(hidden, weights).float(), label, ignore_index=NO_LABEL, reduction="none"
         )
         for hidden, label in zip(torch.split(hidden_TD, rows), torch.split(label_T, rows), strict=True)
     ]

@@ -3,7 +3,7 @@
 import torch
 
 from moemerge.calibration.statistics import LayerStatistics
-from moemerge.calibration.streaming import Source, StreamedExperts
+from moemerge.calibration.streaming import CheckpointSource, StreamedExperts
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.models import Decoder, build_model, multiply
@@ -36,7 +36,7 @@ def random_statistics(
     keys = {layer.stack: torch.rand(num_tokens, generator=generator, dtype=torch.float64)}
     kept: list[LayerStatistics] = []
     with TensorReader() as reader, torch.no_grad():
-        source = Source(checkpoint, reader)
+        source = CheckpointSource(checkpoint, reader)
         role = f"{layer.stack}.{layer.block}"
         hidden_TD = noise_TD * source.stored(f"{role}.ffn_norm").float()
         logits_TE = multiply(hidden_TD, source.stored(f"{role}.router"))

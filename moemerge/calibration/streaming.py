@@ -7,6 +7,7 @@ Shapes: T tokens, D model width, K slots per token, C tokens routed to a slot.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +39,34 @@ KeepLayer = Callable[[int, LayerStatistics], None]
 """Told a layer index, through all stacks, and what was counted there."""
 
 
-class Source:
-    """Reads a checkpoint's tensors in the dtype of the computation.
+class Source(Protocol):
+    """Where a variant's tensors come from, its own or what stands for them."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Whose geometry and roles these are."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and matrices while computing."""
+        ...
+
+    def stored(self, role: str) -> Tensor:
+        """A non-expert tensor in its stored dtype."""
+        ...
+
+    def expert(self, layer_index: int, slot: int) -> dict[str, Tensor]:
+        """An expert's parts by name, in the dtype of the computation."""
+        ...
+
+    def done(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Told when the work with these tensors of the checkpoint is done."""
+        ...
+
+
+class CheckpointSource:
+    """`Source` of a checkpoint's own tensors.
 
     Args:
         checkpoint: Local.
@@ -61,16 +88,16 @@ class Source:
         self._reader = reader
 
     def stored(self, role: str) -> Tensor:
-        """A non-expert tensor in its stored dtype."""
+        """See `Source.stored`."""
         return self._reader.read(self.checkpoint.tensors[role])
 
     def expert(self, layer_index: int, slot: int) -> dict[str, Tensor]:
-        """An expert's parts by name."""
+        """See `Source.expert`."""
         parts = self.checkpoint.experts[layer_index, slot]
         return {part: self._reader.read(tensor).to(self.dtype) for part, tensor in parts.items()}
 
     def done(self, tensors: Mapping[str, StoredTensor]) -> None:
-        """Tell that the work with these tensors is done."""
+        """See `Source.done`."""
         self.advance(sum(tensor.nbytes for tensor in tensors.values()))
 
 
