@@ -194,6 +194,45 @@ def build_measured_plan(
     )
 
 
+def plan_of_layers(
+    variants: VariantSet,
+    layers: list[PlannedLayer],
+    budget: Budget,
+    policy: str,
+    evidence: str,
+    reader: TensorReader,
+) -> ConsolidationPlan:
+    """A plan of what was decided elsewhere, with the bytes that it takes.
+
+    Args:
+        variants: Local checkpoints.
+        layers: Decisions for every routed layer.
+        budget: Limit that they keep.
+        policy: What the plan calls their origin.
+        evidence: What operators and codes will be given; see `ConsolidationPlan`.
+        reader: Open reader, for fingerprints.
+
+    Raises:
+        InvalidRecipe: They take more bytes than the budget has.
+    """
+    variant_bytes = _variant_bytes(variants)
+    pool_bytes, residual_bytes = _stored_bytes(layers, variants), _residual_bytes(layers, variants)
+    allowed = budget.allowed_bytes(variant_bytes)
+    if allowed is not None and pool_bytes + residual_bytes > allowed:
+        least = pool_bytes + residual_bytes
+        raise refuse_budget(budget, allowed, least, variant_bytes, can_share_more=False)
+    return _plan_of(
+        variants,
+        PlanOptions(budget=budget),
+        reader,
+        variant_bytes=variant_bytes,
+        pool_bytes=pool_bytes,
+        residual_bytes=residual_bytes,
+        evidence=evidence,
+        layers=layers,
+    ).model_copy(update={"policy": policy})
+
+
 def plan_variants(
     variants: VariantSet,
     options: PlanOptions,

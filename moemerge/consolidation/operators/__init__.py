@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moemerge.consolidation.operators.base import base
 from moemerge.consolidation.operators.cluster import Cluster, Member
 from moemerge.consolidation.operators.dare import dare
 from moemerge.consolidation.operators.mean import mean
@@ -47,6 +48,7 @@ OPERATORS = {
     "task_arithmetic": Operator(task_arithmetic, needs_base=True),
     "ties": Operator(ties, needs_base=True),
     "dare": Operator(dare, needs_base=True),
+    "base": Operator(base, needs_base=True),
 }
 RACED = ("mean", "saliency_mean", "regmean", "refit")
 """Those that compete for every cluster by default."""
