@@ -154,15 +154,17 @@ def mean_nll(nll: Sequence[float], passages: Sequence[Passage]) -> float:
     return sum(nll) / max(1, sum(map(num_predicted, passages)))
 
 
-def pass_tokens(checkpoint: Checkpoint, passages: Sequence[Passage], options: CalibrationOptions) -> int:
-    """Tokens that may be computed at once.
+def pass_tokens(
+    checkpoint: Checkpoint, passages: Sequence[Passage], options: CalibrationOptions, copies: int = 1
+) -> int:
+    """Tokens that may be computed at once, each as many times as `copies` says.
 
     Raises:
         NotEnoughRoom: Fewer than the longest passage has.
     """
     longest = max(passage.num_tokens for passage in passages)
     fixed = _FIXED_BYTES + _weight_bytes(checkpoint, options) + _kept_bytes(checkpoint, options)
-    each = _token_bytes(checkpoint, longest, options)
+    each = copies * _token_bytes(checkpoint, longest, options)
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     limit = min(options.max_ram or int(_FREE_SHARE * available), available)
     fitting = max(0, limit - fixed) // each
