@@ -126,7 +126,7 @@ class ChangedSource:
 
 
 class Lane(NamedTuple):
-    """One of the models that are computed side by side; neighbours with the very same experts share reading."""
+    """One of the models computed side by side; neighbours that have the very same experts share reading."""
 
     source: Source
     experts: Experts
