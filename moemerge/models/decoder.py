@@ -30,7 +30,6 @@ class Decoder:
         self.config = config
         self.on_route = on_route
 
-    @torch.no_grad()
     def forward(
         self, batch: Batch, weights: Weights, experts: Experts, keys: KeyValues | None = None
     ) -> Tensor:
@@ -54,7 +53,6 @@ class Decoder:
             hidden_TD = hidden_TD + self._experts(layer_index, hidden_TD, weights, experts)
         return hidden_TD
 
-    @torch.no_grad()
     def logits(self, hidden_WD: Tensor, weights: Weights) -> Tensor:
         """Logits [W, Vo] of what follows tokens with these hidden states, all of one vocabulary.
 

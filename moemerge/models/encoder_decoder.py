@@ -39,7 +39,6 @@ class EncoderDecoder:
         self.config = config
         self.on_route = on_route
 
-    @torch.no_grad()
     def encode(self, batch: Batch, weights: Weights, experts: Experts) -> Tensor:
         """Hidden states [T, D] of whole inputs, final norm applied."""
         hidden_TD = weights.embed("embedding", batch.token_ids_T)
@@ -50,14 +49,12 @@ class EncoderDecoder:
             hidden_TD = self._feed_forward("encoder", layer, hidden_TD, weights, experts, batch.spans)
         return weights.norm("encoder.final_norm", hidden_TD, self.config.norm_eps)
 
-    @torch.no_grad()
     def cross_keys_and_values(
         self, layer: int, encoded_TD: Tensor, weights: Weights
     ) -> tuple[Tensor, Tensor]:
         """What a decoder layer attends to of the encoder's output: keys and values, each [T, H, h]."""
         return self._keys_and_values(f"decoder.{layer}.cross_attention", encoded_TD, weights)
 
-    @torch.no_grad()
     def decode(
         self,
         batch: Batch,
@@ -93,7 +90,6 @@ class EncoderDecoder:
             hidden_TD = self._feed_forward("decoder", layer, hidden_TD, weights, experts, limited_spans)
         return hidden_TD
 
-    @torch.no_grad()
     def logits(self, hidden_WD: Tensor, weights: Weights) -> Tensor:
         """Logits [W, Vo] of what follows tokens with these hidden states, all of one vocabulary.
 
