@@ -6,7 +6,9 @@ from moemerge.cli import (
     bench,
     calibrate,
     chat,
+    compare,
     demo,
+    evaluate,
     export,
     merge,
     plan,
@@ -49,11 +51,16 @@ def _program(
     pass
 
 
+_BUILT_IN = {"evaluate": "eval"}
+"""Commands whose names are built-in functions', which no function of ours replaces."""
+
 for module in (
-    pull, show, similarity, calibrate, plan, merge, verify, export, run, chat, serve, bench, demo,
+    pull, show, similarity, calibrate, plan, merge, verify, evaluate, compare, export, run, chat, serve,
+    bench, demo,
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
-    app.command(name)(command(getattr(module, name)))
+    shown = _BUILT_IN.get(name, name)
+    app.command(shown)(command(getattr(module, name), shown))
 
 
 def main() -> None:

@@ -41,8 +41,9 @@ AllowPickleOption = Annotated[
 ]
 
 
-def command(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
-    """Give a command its error handling."""
+def command(function: Callable[Parameters, None], name: str = "") -> Callable[Parameters, None]:
+    """Give a command its error handling; its name is the function's unless told otherwise."""
+    name = name or function.__name__
 
     @functools.wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
@@ -50,10 +51,10 @@ def command(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
         try:
             function(*args, **kwargs)
         except MoemergeError as error:
-            _report(error, function.__name__, as_json=as_json)
+            _report(error, name, as_json=as_json)
             raise typer.Exit(error.exit_code) from error
         except (KeyboardInterrupt, _Terminated) as stop:
-            hint(f"Stopped.{_what_is_left(function.__name__, kwargs)}")
+            hint(f"Stopped.{_what_is_left(name, kwargs)}")
             raise typer.Exit(_stop_code(stop)) from stop
         except BrokenPipeError:
             # The reader of our output has gone; nobody is left to tell.
@@ -90,7 +91,7 @@ def run_program(program: Callable[[], None]) -> None:
 
 def _what_is_left(name: str, options: dict[str, Any]) -> str:
     """What a stopped command leaves, for those who would start it again."""
-    if name in ("merge", "pull", "calibrate") or (name == "run" and options.get("source")):
+    if name in ("merge", "pull", "calibrate", "compare") or (name == "run" and options.get("source")):
         return f" {_RESUMABLE}"
     return "" if name in ("run", "chat", "serve") else f" {_STOPPED}"
 

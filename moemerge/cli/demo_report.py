@@ -19,7 +19,7 @@ def print_report(report: DemoReport) -> None:
     print_table("How far apart the fine-tunes' experts are (relative L2)", columns, rows)
     typer.echo()
     print_table(
-        "Perplexity of every variant on held-out text of its own; share of the fine-tuning gain kept",
+        "Perplexity of every variant on the second half of its own text; share of the fine-tuning gain kept",
         ["system", "experts", "ratio", *report.variants, "kept", "worst"],
         [_system_row(system, report.variants) for system in report.systems],
     )
@@ -32,18 +32,35 @@ def print_report(report: DemoReport) -> None:
         )
         quoted = f"{prompt}|{answer}"
         typer.echo(textwrap.indent(quoted.rstrip(), "  > ", lambda line: True))
+    _print_verdict(report)
+
+
+def _print_verdict(report: DemoReport) -> None:
+    """What the table comes to."""
     separate = len(report.variants) * report.variant_bytes
     merged = next(system for system in report.systems if system.label == SHOWN)
     typer.echo(
-        f"\nExperts: {format_size(separate)} as separate models, {format_size(merged.expert_bytes)} in the "
-        f"bundle. Took {report.seconds:.0f} s. Try:\n"
+        f"\n{len(report.variants)} models in {merged.ratio:.2f} x the expert bytes of one "
+        f"({format_size(merged.expert_bytes)} instead of {format_size(separate)}), "
+        f"with {_kept(merged)[0]} of what fine-tuning gained.\n"
+        f"Half of each text decided, the other half was measured. Took {report.seconds:.0f} s. Try:\n"
         f'  moemerge run {report.bundle} -v {report.variants[-1]} "Q: 17 + 25"\n'
         f"  moemerge show {report.bundle}"
     )
 
 
 def _system_row(system: System, variants: list[str]) -> list[object]:
-    gains = [gain for gain in system.gain.values() if gain is not None]
     perplexities = [f"{system.perplexity[name]:.3f}" for name in variants]
-    kept = [f"{sum(gains) / len(gains):.2f}", f"{min(gains):.2f}"] if gains else ["-", "-"]
-    return [system.label, format_size(system.expert_bytes), f"{system.ratio:.2f}", *perplexities, *kept]
+    return [
+        system.label,
+        format_size(system.expert_bytes),
+        f"{system.ratio:.2f}",
+        *perplexities,
+        *_kept(system),
+    ]
+
+
+def _kept(system: System) -> tuple[str, str]:
+    """Mean over the variants, and the worst."""
+    gains = [gain for gain in system.gain.values() if gain is not None]
+    return (f"{sum(gains) / len(gains):.3f}", f"{min(gains):.3f}") if gains else ("-", "-")

@@ -1,24 +1,31 @@
-"""The demonstration: one small family merged in several ways and measured on held-out text."""
+"""The demonstration: one small family kept in several ways, and measured on text that none of them saw."""
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moemerge.bundle.reader import is_bundle, open_bundle
-from moemerge.calibration.texts import cut_windows, read_text
-from moemerge.checkpoint.checkpoint import Checkpoint
-from moemerge.checkpoint.tokenizer import VariantTokenizer, load_tokenizer
+from moemerge.calibration.folder import calibrate
+from moemerge.calibration.passes import CalibrationOptions
+from moemerge.calibration.texts import read_text
+from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet, open_variants
-from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.checkpoint.writer import write_text
+from moemerge.consolidation.budget import parse_budget
+from moemerge.consolidation.measured import TextStatistics
+from moemerge.consolidation.planning import measure_layers
 from moemerge.errors import NotFound, UnsupportedCheckpoint
-from moemerge.evaluation.loading import average_models, load_model
-from moemerge.evaluation.perplexity import gain_recovered, mean_nll, perplexity
+from moemerge.evaluation.comparison import Samples, build_bundle, score_bundle
+from moemerge.evaluation.evaluating import owner_of
+from moemerge.evaluation.loading import load_model
+from moemerge.evaluation.methods import AVERAGE, OURS, Materials
+from moemerge.evaluation.perplexity import gain_recovered, perplexity
+from moemerge.evaluation.reading import Scores, score
+from moemerge.evaluation.samples import SampleSize, load_samples
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
 from moemerge.runner.options import EngineOptions
@@ -26,19 +33,18 @@ from moemerge.runner.weights import Swap
 from moemerge.text.answers import answer
 from moemerge.text.variants import VariantText
 
-WINDOW_TOKENS = 256
 NUM_WINDOWS = 24
+CALIBRATION_TOKENS = 8192
 _ANSWER_TOKENS = 48
-# Label, budget, policy; None stands for the default policy.
-MERGES = (
-    ("exact", "exact", None),
-    ("2x", "2x", None),
-    ("1.5x", "1.5x", None),
-    ("1x", "1x", None),
-    ("1x mean", "1x", "mean"),
-    ("1x pick (paper)", "1x", "pick"),
+# Label, method, budget.
+SYSTEMS = (
+    ("models averaged", AVERAGE, "1x"),
+    ("pick one (the paper)", "pick", "1x"),
+    ("own copies, few bits", "copies", "1x"),
+    ("moemerge", OURS, "1x"),
+    ("moemerge, half of that", OURS, "0.5x"),
 )
-SHOWN = "1x"
+SHOWN = "moemerge"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +53,9 @@ class System:
 
     Attributes:
         label: How it is called.
-        expert_bytes: Bytes of its experts.
+        expert_bytes: Bytes of its experts, residuals included.
         ratio: The same over one variant's expert bytes.
-        nll: By variant, on the variant's own text.
+        nll: By variant, on the half of the variant's own text that is measured.
         gain: By variant, share of the fine-tuning gain that is left.
     """
 
@@ -71,7 +77,7 @@ class DemoReport:
 
     bundle: Path
     variants: list[str]
-    similarity: list[dict[str, float]]
+    similarity: list[dict[str, float | None]]
     variant_bytes: int
     systems: list[System]
     answers: dict[str, tuple[str, str]]
@@ -84,11 +90,11 @@ class DemoReport:
 
 
 def run_demo(family: Path, out: Path, say: Callable[[str], None]) -> DemoReport:
-    """Merge, measure and answer.
+    """Calibrate on one half of the text, merge in several ways, measure on the other half, and answer.
 
     Args:
         family: Folder with `base`, fine-tunes beside it, and `text/<fine-tune>.txt`.
-        out: Folder for bundles; replaced.
+        out: Folder for bundles; those of an earlier run are replaced.
         say: Told what happens.
 
     Raises:
@@ -102,25 +108,34 @@ def run_demo(family: Path, out: Path, say: Callable[[str], None]) -> DemoReport:
     variants = open_variants({name: FolderRef(family / name) for name in names}, FolderRef(family / "base"))
     if variants.first.family.arithmetic != "decoder":
         raise UnsupportedCheckpoint("the demonstration measures perplexity: it needs a decoder-only family")
-    windows = {name: _windows(variants.variants[name], family / "text" / f"{name}.txt") for name in names}
-    say(f"measuring {len(names)} fine-tunes, their base and their average on held-out text")
-    systems = _baselines(variants, windows)
-    by_label = {system.label: system for system in systems}
-    base, own = by_label["base alone"], by_label["separate models"]
-    for label, budget, policy in MERGES:
-        say(f"merging at {label}")
-        target = out / f"{label.split(' (')[0].replace(' ', '-')}.moe"
-        if is_bundle(target):
-            shutil.rmtree(target)
-        merged = merge(variants, target, options_of(budget, policy))
-        nll = _measure_bundle(target, windows)
-        systems.append(_system(label, merged.manifest.pool_bytes, merged.plan.variant_bytes, nll, base, own))
-    shown = out / f"{SHOWN}.moe"
-    answers, swaps = _answer(shown, {name: family / "text" / f"{name}.txt" for name in names})
+    halves = {name: _halve(family / "text" / f"{name}.txt", out / "text") for name in names}
+    owners = {name: owner_of(checkpoint) for name, checkpoint in variants.variants.items()}
+    samples = load_samples(
+        owners, {name: measured for name, (_, measured) in halves.items()}, SampleSize(windows=NUM_WINDOWS)
+    )
+    say("calibrating every fine-tune on the first half of its text")
+    first_halves = {name: calibrated for name, (calibrated, _) in halves.items()}
+    options = CalibrationOptions(num_tokens=CALIBRATION_TOKENS)
+    done = calibrate(variants, first_halves, out / "calibration", options)
+    with TensorReader() as reader:
+        materials = Materials(
+            variants=variants,
+            layers=measure_layers(variants),
+            statistics=TextStatistics(done.calibration, names),
+            reader=reader,
+            folder=out,
+        )
+        say(f"measuring {len(names)} fine-tunes and their base on the second half")
+        systems = _baselines(variants, samples)
+        for label, method, budget in SYSTEMS:
+            say(f"{label}: merging at {budget}")
+            systems.append(_merged(label, method, budget, materials, samples, systems))
+    shown = _place(out, SHOWN)
+    answers, swaps = _answer(shown, {name: measured for name, (_, measured) in halves.items()})
     return DemoReport(
         bundle=shown,
         variants=names,
-        similarity=_similarity(shown),
+        similarity=[{"index": layer.layer, **layer.summary()} for layer in materials.layers],
         variant_bytes=variants.first.expert_bytes,
         systems=systems,
         answers=answers,
@@ -129,45 +144,64 @@ def run_demo(family: Path, out: Path, say: Callable[[str], None]) -> DemoReport:
     )
 
 
-Windows = dict[str, list[list[int]]]
+def _halve(path: Path, folder: Path) -> tuple[Path, Path]:
+    """Both halves of a text as files, divided between two paragraphs where there are any."""
+    text = read_text(path)
+    middle = text.find("\n\n", len(text) // 2)
+    cut = middle + 2 if middle >= 0 else len(text) // 2
+    places = (folder / f"{path.stem}.first.txt", folder / f"{path.stem}.second.txt")
+    for place, half in zip(places, (text[:cut], text[cut:]), strict=True):
+        write_text(place, half)
+    return places
 
 
-def _baselines(variants: VariantSet, windows: Windows) -> list[System]:
+def _baselines(variants: VariantSet, samples: Samples) -> list[System]:
+    """The base alone, then every variant by itself."""
     assert variants.base is not None
-    one = variants.first.expert_bytes
-    base_model = load_model(variants.base)
-    average = average_models(list(variants.variants.values()))
-    base_nll = {name: mean_nll(base_model.forward, cut) for name, cut in windows.items()}
-    own_nll = {
-        name: mean_nll(load_model(variants.variants[name]).forward, cut) for name, cut in windows.items()
-    }
-    average_nll = {name: mean_nll(average.forward, cut) for name, cut in windows.items()}
-    base = System(
-        label="base alone", expert_bytes=one, ratio=1.0, nll=base_nll, gain=dict.fromkeys(windows, 0.0)
-    )
-    own = System(
-        label="separate models",
-        expert_bytes=one * len(windows),
-        ratio=float(len(windows)),
-        nll=own_nll,
-        gain=dict.fromkeys(windows, 1.0),
-    )
-    return [base, own, _system("models averaged", one, one, average_nll, base, own)]
+    one, base = variants.first.expert_bytes, load_model(variants.base)
+    of_base = {name: score(base, sample).mean_nll for name, sample in samples.items()}
+    own = {name: score(load_model(variants.variants[name]), s).mean_nll for name, s in samples.items()}
+    none, full = dict.fromkeys(samples, 0.0), dict.fromkeys(samples, 1.0)
+    count = len(samples)
+    return [
+        System(label="base alone", expert_bytes=one, ratio=1.0, nll=of_base, gain={**none}),
+        System(label="separate models", expert_bytes=one * count, ratio=float(count), nll=own, gain={**full}),
+    ]
 
 
-def _system(
-    label: str, expert_bytes: int, one: int, nll: dict[str, float], base: System, own: System
+def _merged(
+    label: str,
+    method: str,
+    budget: str,
+    materials: Materials,
+    samples: Samples,
+    baselines: list[System],
 ) -> System:
-    gain = {name: gain_recovered(base.nll[name], own.nll[name], value) for name, value in nll.items()}
-    return System(label=label, expert_bytes=expert_bytes, ratio=expert_bytes / one, nll=nll, gain=gain)
+    target = _place(materials.folder, label)
+    if is_bundle(target):
+        shutil.rmtree(target)
+    prepared, manifest = build_bundle(materials, method, parse_budget(budget), target)
+    scores = score_bundle(target, prepared.serves, samples)
+    base, own = baselines[:2]
+    return System(
+        label=label,
+        expert_bytes=manifest.pool_bytes + manifest.residual_bytes,
+        ratio=manifest.bytes_ratio,
+        nll={name: one.mean_nll for name, one in scores.items()},
+        gain=_gain(base, own, scores),
+    )
 
 
-def _measure_bundle(folder: Path, windows: Windows) -> dict[str, float]:
-    with closing(Engine(open_bundle(folder), EngineOptions(dtype="float32", max_batch=1))) as engine:
-        return {name: mean_nll(partial(engine.logits, name), cut) for name, cut in windows.items()}
+def _gain(base: System, own: System, scores: Mapping[str, Scores]) -> dict[str, float | None]:
+    return {name: gain_recovered(base.nll[name], own.nll[name], one.mean_nll) for name, one in scores.items()}
 
 
-def _answer(folder: Path, texts: dict[str, Path]) -> tuple[dict[str, tuple[str, str]], list[Swap]]:
+def _place(folder: Path, label: str) -> Path:
+    words = label.partition(" (")[0].replace(",", "").split()
+    return folder / f"{'-'.join(words)}.moe"
+
+
+def _answer(folder: Path, texts: Mapping[str, Path]) -> tuple[dict[str, tuple[str, str]], list[Swap]]:
     """Each variant continues the beginning of a document of its own text."""
     bundle = open_bundle(folder)
     answers, swaps = {}, []
@@ -186,21 +220,3 @@ def _prompt(text: str) -> str:
     middle = text[len(text) // 2 :]
     paragraph = middle.partition("\n")[2].lstrip() or middle
     return paragraph[:36] + paragraph[36:].partition(" ")[0]
-
-
-def _similarity(folder: Path) -> list[dict[str, float]]:
-    import json
-
-    layers: list[dict[str, float]] = json.loads((folder / "reports" / "similarity.json").read_text())[
-        "layers"
-    ]
-    return layers
-
-
-def _windows(checkpoint: Checkpoint, path: Path) -> list[list[int]]:
-    tokenizer = _tokenizer(checkpoint)
-    return cut_windows(tokenizer.encode(read_text(path)), WINDOW_TOKENS, NUM_WINDOWS)
-
-
-def _tokenizer(checkpoint: Checkpoint) -> VariantTokenizer:
-    return load_tokenizer(checkpoint.side_file, checkpoint.label)

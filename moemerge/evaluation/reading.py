@@ -107,29 +107,33 @@ class Prediction:
 
 def score(model: StandAlone, sample: Sample, advance: Advance = lambda num_bytes: None) -> Scores:
     """How well a model knows a sample."""
-    scores, _ = score_beside(model, sample, None, advance)
+    scores = Scores()
+    for passages in _batches(sample.passages, model.model.config.vocab_size):
+        _count(predict(model, passages), scores)
+        advance(_num_bytes(passages))
+    if sample.rows:
+        scores.correct = answer_rows(model, sample)
     return scores
 
 
 def score_beside(
-    model: StandAlone, sample: Sample, original: StandAlone | None, advance: Advance = lambda num_bytes: None
-) -> tuple[Scores, Likeness | None]:
-    """How well a model knows a sample, and how close it is to its original, when there is one.
+    model: StandAlone, original: StandAlone, sample: Sample, advance: Advance = lambda num_bytes: None
+) -> tuple[Scores, Scores, Likeness]:
+    """How well a model and its original know a sample, and how close they are.
 
     Raises:
         IncompatibleInputs: The original has another vocabulary or other layers.
     """
-    scores, likeness = Scores(), Likeness() if original else None
+    scores, own, likeness = Scores(), Scores(), Likeness()
     for passages in _batches(sample.passages, model.model.config.vocab_size):
-        found = predict(model, passages)
-        scores.nll += found.nll()
-        scores.tokens += found.counts
-        if original is not None and likeness is not None:
-            compare_predictions(found, predict(original, passages), likeness)
-        advance(4 * sum(passage.num_tokens for passage in passages))
+        found, wanted = predict(model, passages), predict(original, passages)
+        compare_predictions(found, wanted, likeness)
+        _count(found, scores)
+        _count(wanted, own)
+        advance(_num_bytes(passages))
     if sample.rows:
-        scores.correct = answer_rows(model, sample)
-    return scores, likeness
+        scores.correct, own.correct = answer_rows(model, sample), answer_rows(original, sample)
+    return scores, own, likeness
 
 
 def answer_rows(model: StandAlone, sample: Sample) -> list[bool]:
@@ -196,6 +200,15 @@ def compare_predictions(found: Prediction, original: Prediction, likeness: Liken
         shared, chosen = int(equal_TKK.any(dim=-1).sum()), slots_TK.numel()
         likeness.shared[layer_index] = likeness.shared.get(layer_index, 0) + shared
         likeness.chosen[layer_index] = likeness.chosen.get(layer_index, 0) + chosen
+
+
+def _count(found: Prediction, scores: Scores) -> None:
+    scores.nll += found.nll()
+    scores.tokens += found.counts
+
+
+def _num_bytes(passages: Sequence[Passage]) -> int:
+    return 4 * sum(passage.num_tokens for passage in passages)
 
 
 def _told(arithmetic: EncoderDecoder, model: StandAlone, passages: Sequence[Passage]) -> Tensor:

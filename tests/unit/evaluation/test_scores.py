@@ -7,7 +7,8 @@ from moemerge.calibration.texts import TaskRow, cut_windows, read_task
 from moemerge.checkpoint.checkpoint import open_checkpoint
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.errors import InvalidRecipe, UnsupportedCheckpoint
-from moemerge.evaluation.loading import average_models, load_model
+from moemerge.evaluation.averaging import write_average
+from moemerge.evaluation.loading import load_model
 from moemerge.evaluation.perplexity import mean_nll
 from moemerge.evaluation.tasks import exact_match, greedy_answers
 from tests.factories import write_checkpoint
@@ -41,8 +42,11 @@ def test_mean_nll_is_that_of_every_token_but_the_first_of_each_window(decoder):
 
 def test_an_average_of_one_is_the_checkpoint_and_of_two_is_neither(tmp_path):
     one, other = (open_family(tmp_path / str(seed), "mixtral", seed=seed) for seed in (1, 2))
-    tokens = torch.tensor([[5, 9, 33, 12]])
-    logits = [average_models(models).forward(tokens) for models in ([one], [one, other], [other])]
+    tokens, logits = torch.tensor([[5, 9, 33, 12]]), []
+    for number, models in enumerate(([one], [one, other], [other])):
+        folder = tmp_path / f"average-{number}"
+        write_average(models, folder)
+        logits.append(load_model(open_checkpoint(LocalFolder(folder))).forward(tokens))
     assert torch.equal(logits[0], load_model(one).forward(tokens))
     assert not torch.allclose(logits[1], logits[0], atol=0.01)
     assert not torch.allclose(logits[1], logits[2], atol=0.01)
