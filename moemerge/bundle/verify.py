@@ -55,10 +55,8 @@ def check_hashes(folder: Path, progress: Progress) -> list[Finding]:
     if not path.is_file():
         read_manifest(folder)
         return [_damaged("FILE_MISSING", str(path), "is missing", "the list of all files")]
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    matches = [_CHECKSUM_LINE.fullmatch(line) for line in text.split("\n")[:-1]]
-    listed = {match[2]: match[1] for match in matches if match}
-    if None in matches or text != format_checksums(listed):
+    listed = _parse_checksums(path)
+    if listed is None:
         return [_damaged("CHECKSUMS", str(path), "is not in the form that was written")]
     present = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if not p.is_dir()}
     present.pop(CHECKSUMS)
@@ -83,6 +81,26 @@ def check_hashes(folder: Path, progress: Progress) -> list[Finding]:
         if hash_file(present[name], progress.advance) != listed[name]:
             findings.append(_damaged("HASH", name, "was changed since it was written"))
     return findings
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 by path of every file of a bundle, as it says itself.
+
+    Raises:
+        DamagedBundle: There is no such list, or it is malformed.
+    """
+    path = folder / CHECKSUMS
+    listed = _parse_checksums(path) if path.is_file() else None
+    if listed is None:
+        raise DamagedBundle(f"{path}: is missing or malformed. See `moemerge verify {folder}`")
+    return listed
+
+
+def _parse_checksums(path: Path) -> dict[str, str] | None:
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    matches = [_CHECKSUM_LINE.fullmatch(line) for line in text.split("\n")[:-1]]
+    listed = {match[2]: match[1] for match in matches if match}
+    return None if None in matches or text != format_checksums(listed) else listed
 
 
 def check_ledger(bundle: Bundle) -> list[Finding]:

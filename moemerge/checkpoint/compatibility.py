@@ -4,6 +4,7 @@ Pure: opened checkpoints in, findings out.
 """
 
 from moemerge.checkpoint.checkpoint import Checkpoint
+from moemerge.checkpoint.family import Family, Settings
 from moemerge.errors import Finding
 
 
@@ -18,23 +19,22 @@ def compare_variants(variants: dict[str, Checkpoint]) -> list[Finding]:
     findings: list[Finding] = []
     for name in names[1:]:
         other = variants[name]
-        if other.family.model_type != first.family.model_type:
-            findings.append(
-                _differs(
-                    "error", name, "family", other.family.model_type, first.family.model_type, first_name
-                )
-            )
-            continue
-        findings += _compare_settings(name, other, first_name, first)
-        findings += _compare_dtypes(name, other, first_name, first)
+        findings += compare_with(name, other, first_name, first.family, first.settings)
+        if other.family.model_type == first.family.model_type:
+            findings += _compare_dtypes(name, other, first_name, first)
     findings += _find_repeated(variants)
     return findings
 
 
-def _compare_settings(name: str, other: Checkpoint, first_name: str, first: Checkpoint) -> list[Finding]:
+def compare_with(
+    name: str, other: Checkpoint, first_name: str, family: Family, settings: Settings
+) -> list[Finding]:
+    """What differs between a checkpoint and a variant of which family and settings are known."""
+    if other.family.model_type != family.model_type:
+        return [_differs("error", name, "family", other.family.model_type, family.model_type, first_name)]
     findings = []
-    for setting, rule in first.family.settings.items():
-        ours, theirs = first.settings[setting], other.settings[setting]
+    for setting, rule in family.settings.items():
+        ours, theirs = settings[setting], other.settings[setting]
         if ours == theirs:
             continue
         level = {"equal": "error", "warn": "warning", "free": "note"}[rule.variants]

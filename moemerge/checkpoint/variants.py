@@ -1,6 +1,6 @@
 """Open all variants of a consolidation together, from folders or the hub."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Not a possible variant name, so that a variant may be called base.
 _BASE = "(base)"
+Check = Callable[[Mapping[str, Checkpoint]], Sequence[Finding]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ def open_variants(
     download: bool = True,
     allow_pickle: bool = False,
     pickle_cache: Path | None = None,
+    check: Check | None = None,
     progress: Progress | None = None,
 ) -> VariantSet:
     """Look at every source, refuse with all findings, and only then download weights.
@@ -62,6 +64,7 @@ def open_variants(
         download: False to stop after the checks; then weights may not be readable.
         allow_pickle: Convert checkpoints that have pickles only, without running what is in them.
         pickle_cache: Where conversions are kept; `pickles.default_cache()` unless given.
+        check: Gives further findings about the variants, which are told with the others.
         progress: Told of downloads.
 
     Raises:
@@ -71,7 +74,7 @@ def open_variants(
     named = {**sources, **({_BASE: base} if base else {})}
     repositories, opened = _look_at_all(named, offline=offline, allow_pickle=allow_pickle)
     if opened:
-        _check_together(opened)
+        _check_together(opened, check)
     if download:
         _check_room(list(repositories.values()), allow_pickle=allow_pickle)
     checkpoints = {}
@@ -81,7 +84,7 @@ def open_variants(
             repositories[name] = _convert(repository, cache, progress, download=download)
         checkpoints[name] = opened.get(name) or open_checkpoint(repositories[name])
     if len(checkpoints) > len(opened):
-        _check_together(checkpoints)
+        _check_together(checkpoints, check)
     if download:
         for name, repository in repositories.items():
             if not checkpoints[name].is_local:
@@ -89,7 +92,7 @@ def open_variants(
     if all(checkpoint.is_local for checkpoint in checkpoints.values()):
         with TensorReader() as reader:
             checkpoints = {name: resolve_ties(c, reader) for name, c in checkpoints.items()}
-    notes = [*_check_together(checkpoints), *(f for c in checkpoints.values() for f in c.findings)]
+    notes = [*_check_together(checkpoints, check), *(f for c in checkpoints.values() for f in c.findings)]
     base_checkpoint = checkpoints.pop(_BASE, None)
     return VariantSet(variants=checkpoints, base=base_checkpoint, findings=tuple(notes))
 
@@ -174,8 +177,10 @@ def _combine(failures: list[tuple[str, MoemergeError]]) -> MoemergeError:
     return combined
 
 
-def _check_together(checkpoints: dict[str, Checkpoint]) -> list[Finding]:
+def _check_together(checkpoints: dict[str, Checkpoint], check: Check | None) -> list[Finding]:
     findings = compare_variants(checkpoints)
+    if check is not None:
+        findings += check(checkpoints)
     raise_findings(findings, "these checkpoints cannot be consolidated together")
     return findings
 

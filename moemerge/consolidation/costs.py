@@ -138,6 +138,26 @@ def measure_factors(slots: Sequence[Slot], ladder: Ladder, operator: str = "mean
     )
 
 
+def residual_shares(slot: Slot, number: int, stored: Parts, ladder: Ladder) -> dict[str, float]:
+    """By residual code, what is left of the damage that a pool expert does to a member.
+
+    Args:
+        slot: Of the member.
+        number: Its place in the slot.
+        stored: The pool expert as stored, float32.
+        ladder: The codes.
+    """
+    member, whole = slot.members[number], slot.damage(number, stored)
+    missing = {part: member.matrices[part] - matrix for part, matrix in stored.items()}
+    shares = {}
+    for name, code in ladder.residuals.items():
+        if code is not None:
+            added = encode_residual(missing, code, member.moments)
+            repaired = {part: matrix + added[part].dense() for part, matrix in stored.items()}
+            shares[name] = slot.damage(number, repaired) / max(whole, _TINY)
+    return shares
+
+
 def slot_costs(
     partitions: Sequence[Sequence[Members]],
     shared: Mapping[Members, Shared],
@@ -202,17 +222,11 @@ def _measure_shared(
     sharing = [slot.damage(number, centre) for number in everyone]
     for name, code in ladder.pool.items():
         coded = centre if code is None else _dense(encode(centre, code, moments))
-        for number, member in enumerate(slot.members):
+        for number in everyone:
             whole = slot.damage(number, coded)
             if code is not None:
                 pool.setdefault(name, []).append((whole - sharing[number]) / probes[number])
-            for residual_name, residual_code in ladder.residuals.items():
-                if residual_code is None:
-                    continue
-                missing = {part: member.matrices[part] - coded[part] for part in coded}
-                added = encode_residual(missing, residual_code, member.moments)
-                repaired = {part: coded[part] + added[part].dense() for part in coded}
-                left = slot.damage(number, repaired) / max(whole, _TINY)
+            for residual_name, left in residual_shares(slot, number, coded, ladder).items():
                 residual.setdefault((name, residual_name), []).append(left)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moemerge.bundle.manifest import CodeSpec
 from moemerge.checkpoint.writer import TensorToWrite, memory_tensor
 from moemerge.consolidation.codes.moments import add_moments
 from moemerge.consolidation.evidence import Evidence, Ref, inputs_of
@@ -37,7 +38,7 @@ class EncodedExpert:
 
 def encode_expert(evidence: Evidence, layer: PlannedLayer, planned: PlannedExpert) -> EncodedExpert:
     """Carry out one entry of a plan's pool."""
-    members = {ref: _member(evidence, layer.index, ref) for ref in planned.members}
+    members = {ref: load_member(evidence, layer.index, ref) for ref in planned.members}
     different = _different(members)
     merged = OPERATORS[planned.operator].make(
         Cluster([members[ref] for ref in different], evidence.base_parts(layer.index, planned.members[0][1]))
@@ -52,13 +53,32 @@ def encode_expert(evidence: Evidence, layer: PlannedLayer, planned: PlannedExper
     residuals: dict[Ref, Mapping[str, Residual]] = {}
     errors = {}
     for ref, member in members.items():
-        code = layer.residual(ref)
-        if code is not None:
-            stored = {part: effective(matrix, None, torch.float32) for part, matrix in parts.items()}
-            missing = {part: member.matrices[part] - stored[part] for part in stored}
-            residuals[ref] = encode_residual(missing, code, member.moments)
-        errors[ref] = _error(member, parts, residuals.get(ref), dtype)
+        residual, errors[ref] = encode_against(member, parts, layer.residual(ref), dtype)
+        if residual is not None:
+            residuals[ref] = residual
     return EncodedExpert(parts, residuals, errors)
+
+
+def encode_against(
+    member: Member, parts: Mapping[str, Matrix], code: CodeSpec | None, dtype: torch.dtype
+) -> tuple[dict[str, Residual] | None, float]:
+    """What is missing of an expert where a pool expert stands for it.
+
+    Args:
+        member: The expert.
+        parts: The pool expert as stored.
+        code: Of the residual, if there is to be one.
+        dtype: Of the effective expert.
+
+    Returns:
+        The residual, and the distance of the effective expert over the norm of the expert.
+    """
+    residual = None
+    if code is not None:
+        stored = {part: effective(matrix, None, torch.float32) for part, matrix in parts.items()}
+        missing = {part: member.matrices[part] - stored[part] for part in stored}
+        residual = encode_residual(missing, code, member.moments)
+    return residual, _error(member, parts, residual, dtype)
 
 
 def to_write(parts: Mapping[str, Matrix]) -> dict[str, TensorToWrite | PackedMatrix]:
@@ -69,7 +89,8 @@ def to_write(parts: Mapping[str, Matrix]) -> dict[str, TensorToWrite | PackedMat
     }
 
 
-def _member(evidence: Evidence, layer_index: int, ref: Ref) -> Member:
+def load_member(evidence: Evidence, layer_index: int, ref: Ref) -> Member:
+    """An expert with all of its inputs."""
     statistics = evidence.statistics.layer(ref[0], layer_index)
     slot = inputs_of(statistics, ref[1])
     member = evidence.member(evidence.parts(layer_index, ref), [slot], slice(None))

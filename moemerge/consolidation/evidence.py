@@ -182,17 +182,21 @@ class Evidence:
         self, similarity: LayerSimilarity, owners: list[list[Ref]], statistics: Mapping[str, LayerStatistics]
     ) -> Slot:
         """The experts of a slot with half of their inputs to decide on, and half to judge by."""
-        members, judges, factors = [], [], []
-        for refs in owners:
-            parts = self.parts(similarity.layer, refs[0])
-            found = [inputs_of(statistics[name], slot) for name, slot in refs]
-            members.append(self.member(parts, found, slice(0, None, 2)))
-            judges.append(self.member(parts, found, slice(1, None, 2)))
-            energy = sum(statistics[name].output_square_sum for name, _ in refs) or 1.0
-            factors.append(sum(one.count for one in found) / energy)
-        members = [replace(member, weight=weight) for member, weight in zip(members, factors, strict=True)]
+        found = [self.halves(similarity.layer, refs, statistics) for refs in owners]
+        members, judges, factors = zip(*found, strict=True)
         base = self.base_parts(similarity.layer, owners[0][0][1])
         return Slot(members, judges, factors, partitions_of(similarity, owners), base)
+
+    def halves(
+        self, layer_index: int, refs: Sequence[Ref], statistics: Mapping[str, LayerStatistics]
+    ) -> tuple[Member, Member, float]:
+        """An expert with half of its inputs, the same with the others, and damage per mean square error."""
+        parts = self.parts(layer_index, refs[0])
+        found = [inputs_of(statistics[name], slot) for name, slot in refs]
+        energy = sum(statistics[name].output_square_sum for name, _ in refs) or 1.0
+        factor = sum(one.count for one in found) / energy
+        member = self.member(parts, found, slice(0, None, 2))
+        return replace(member, weight=factor), self.member(parts, found, slice(1, None, 2)), factor
 
     def base_parts(self, layer_index: int, slot: int) -> dict[str, Tensor] | None:
         """The base's expert in a slot, when there is a base."""
