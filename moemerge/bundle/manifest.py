@@ -170,6 +170,7 @@ class VariantEntry(_Entry):
         residuals: By layer index: for each slot how its residual is coded, None where it has none; layers
             without any may be absent.
         damage: What sharing and codes cost this variant, predicted and measured, by free names.
+        repaired: Exported names of those of its tensors that are not the source's but fitted to the pool.
     """
 
     source: str
@@ -182,6 +183,7 @@ class VariantEntry(_Entry):
     errors: dict[int, list[RelativeError]]
     residuals: dict[int, list[CodeSpec | None]] = Field(default_factory=dict)
     damage: dict[str, FiniteFloat] | None = None
+    repaired: list[str] = Field(default_factory=list)
 
     @property
     def residual_layers(self) -> list[int]:
@@ -242,6 +244,8 @@ class Manifest(_Header):
                     raise ValueError(
                         f"variant {name}: {kind} of layers {sorted(by_layer)}, expected {sorted(sizes)}"
                     )
+            if unknown := set(variant.repaired) - variant.tensors.keys():
+                raise ValueError(f"variant {name}: {min(unknown)} is repaired, and not one of its tensors")
             if any(len(errors) != self.num_slots for errors in variant.errors.values()):
                 raise ValueError(f"variant {name}: expected {self.num_slots} errors in every layer")
             for index, expert_map in variant.maps.items():

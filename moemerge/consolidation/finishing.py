@@ -1,5 +1,7 @@
 """The last steps of a merge: side files, manifest, card and checksums, then the bundle appears."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moemerge import __version__
@@ -19,13 +21,27 @@ from moemerge.bundle.manifest import (
     VariantEntry,
     dump_manifest,
 )
+from moemerge.bundle.reader import Bundle
 from moemerge.bundle.writer import write_bytes, write_checksums
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.side_files import find_licence, licence_files, side_files
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.plan import ConsolidationPlan
 from moemerge.consolidation.pools import Errors
-from moemerge.consolidation.staging import Staging
+from moemerge.consolidation.staging import Staging, is_published
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is said of a variant beyond its plan.
+
+    Attributes:
+        damage: See `VariantEntry.damage`.
+        repaired: Roles of the tensors that are not the source's.
+    """
+
+    damage: Mapping[str, float]
+    repaired: Sequence[str] = ()
 
 
 def finish(
@@ -35,19 +51,27 @@ def finish(
     staging: Staging,
     tensors: dict[str, dict[str, str]],
     reports: dict[str, str],
+    outcomes: Mapping[str, Outcome],
     target: Path,
 ) -> Manifest:
     """Write everything small, then publish."""
-    digests = staging.files()
-    digests.pop("plan.json")
+    digests = {name: digest for name, digest in staging.files().items() if is_published(name)}
     for name, text in reports.items():
         digests |= write_bytes(staging.folder, name, text.encode())
     entries = {}
     for name, checkpoint in variants.variants.items():
         files, written = _write_side_files(name, checkpoint, staging.folder, digests)
         digests |= written
-        own_errors = {index: by_variant[name] for index, by_variant in errors.items()}
-        entries[name] = _variant_entry(name, checkpoint, plan, own_errors, tensors[name], files)
+        entry = _variant_entry(name, checkpoint, plan, errors)
+        entries[name] = entry.model_copy(
+            update={
+                "licence": find_licence(checkpoint.repository),
+                "tensors": tensors[name],
+                "files": files,
+                "damage": dict(outcomes[name].damage) or None,
+                "repaired": _exported_names(checkpoint, outcomes[name].repaired),
+            }
+        )
     manifest = _manifest(variants, plan, entries)
     digests |= write_bytes(staging.folder, MANIFEST, dump_manifest(manifest).encode())
     digests |= write_bytes(staging.folder, CARD, write_card(manifest).encode())
@@ -82,27 +106,35 @@ def _write_side_files(
     return files, written
 
 
+def draft_bundle(
+    variants: VariantSet, plan: ConsolidationPlan, errors: dict[int, Errors], folder: Path
+) -> Bundle:
+    """Pools and residuals as they stand in a staging folder, to be read before the manifest is written."""
+    entries = {
+        name: _variant_entry(name, checkpoint, plan, errors) for name, checkpoint in variants.variants.items()
+    }
+    return Bundle(folder, _manifest(variants, plan, entries), variants.first.family)
+
+
+def _exported_names(checkpoint: Checkpoint, roles: Iterable[str]) -> list[str]:
+    names = checkpoint.family.role_names(checkpoint.settings)
+    return sorted(names[role] for role in roles)
+
+
 def _variant_entry(
-    name: str,
-    checkpoint: Checkpoint,
-    plan: ConsolidationPlan,
-    errors: dict[int, list[float]],
-    tensors: dict[str, str],
-    files: dict[str, str],
+    name: str, checkpoint: Checkpoint, plan: ConsolidationPlan, errors: dict[int, Errors]
 ) -> VariantEntry:
+    """What is known of a variant when pools are written."""
     residuals = {layer.index: layer.residuals[name] for layer in plan.layers if name in layer.residuals}
-    predicted = plan.predicted_damage.get(name)
     return VariantEntry(
         source=plan.variants[name].source,
         fingerprint=plan.variants[name].fingerprint,
-        licence=find_licence(checkpoint.repository),
         settings=checkpoint.settings,
-        tensors=tensors,
-        files=files,
+        tensors={},
+        files={},
         maps={layer.index: layer.expert_map(name) for layer in plan.layers},
-        errors=errors,
+        errors={index: by_variant[name] for index, by_variant in errors.items()},
         residuals={index: codes for index, codes in residuals.items() if any(codes)},
-        damage=None if predicted is None else {"predicted": predicted},
     )
 
 

@@ -4,7 +4,7 @@ Owns files, progress and the journal. Each step writes whole files and is final 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.evidence import Evidence, LayerRecord
-from moemerge.consolidation.finishing import finish
+from moemerge.consolidation.finishing import Outcome, finish
 from moemerge.consolidation.measure import limit_memory
 from moemerge.consolidation.measured import NoiseStatistics, Statistics
-from moemerge.consolidation.plan import ConsolidationPlan, dump_plan, read_plan
+from moemerge.consolidation.plan import ConsolidationPlan, dump_plan
 from moemerge.consolidation.planning import (
     PlanOptions,
     build_measured_plan,
@@ -33,7 +33,8 @@ from moemerge.consolidation.planning import (
     measure_costs,
     measure_layers,
 )
-from moemerge.consolidation.pools import Errors, write_layer
+from moemerge.consolidation.quality import REPAIR_BY_DEFAULT, RepairOptions
+from moemerge.consolidation.rounds import Gate, MakePlan, Rounds, check_gate
 from moemerge.consolidation.similarity_files import (
     INDEX,
     dump_index,
@@ -70,10 +71,14 @@ def merge(
     *,
     statistics: Statistics | None = None,
     max_ram: int | None = None,
+    repair: RepairOptions | None = None,
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
     """Consolidate local checkpoints into a bundle.
+
+    What was measured of the bundle, on passages held out of the statistics, goes into its manifest; where the
+    options ask for a share of the gain that is missed, plans are made again.
 
     Args:
         variants: Opened together.
@@ -82,11 +87,15 @@ def merge(
         statistics: Calibration of the variants; without it, noise stands for their inputs where costs are
             measured and codes are chosen.
         max_ram: Bytes of memory to stay within.
+        repair: What may be done to variants' own tensors; repair in closed form by default, where there is
+            text.
         restart: Discard the work of an interrupted run.
         progress: Told of bytes.
 
     Raises:
-        InvalidRecipe: The target exists, the budget cannot be met, the plan is of other variants.
+        InvalidRecipe: The target exists, the budget cannot be met, the plan is of other variants, or a share
+            of the gain is asked for that cannot be measured.
+        QualityGateFailed: A variant keeps less than was asked for.
         IncompatibleInputs: A plan's checkpoints have other weights.
         NotEnoughRoom: Disk or memory.
         DamagedInput: NaN or infinity, or a file that changed while it was read.
@@ -94,6 +103,9 @@ def merge(
     """
     report = progress or Silent()
     check_target(target)
+    gate, found = _gate_of(decide), statistics or NoiseStatistics(variants)
+    check_gate(gate, found)
+    asked = repair or RepairOptions(repair=REPAIR_BY_DEFAULT)
     if isinstance(decide, PlanOptions):
         limit_memory(variants, max_ram)
     if not (isinstance(decide, PlanOptions) and decide.within) and not any(staging_folder(target).glob("*")):
@@ -105,36 +117,43 @@ def merge(
         if isinstance(decide, ConsolidationPlan):
             check_plan(decide, variants, reader)
         reports: dict[str, str] = {}
-        found = statistics or NoiseStatistics(variants)
         evidence = Evidence(variants=variants, statistics=found, reader=reader)
-        task = _task_of(variants, decide, found, reader)
+        task = _task_of(variants, decide, asked, found, reader)
         with open_staging(target, task, restart=restart) as staging:
+            make_plan: MakePlan
             if isinstance(decide, ConsolidationPlan):
-                plan = decide
+                make_plan = partial(_always, decide)
             else:
                 layers, reports = _measure(variants, staging, report, max_ram)
                 if decide.is_measured:
                     records = _measure_costs(layers, evidence, staging, report)
-                    plan = build_measured_plan(variants, records, decide, found, reader)
+                    make_plan = partial(_measured, variants, records, decide, found, reader)
                 else:
-                    plan = build_plan(variants, layers, decide, reader)
-            if staging.finished("plan") is not None:
-                # What is already written follows this plan, whatever another library version would decide.
-                plan = read_plan(staging.folder / "plan.json")
-            missing = _bytes_to_write(variants, plan) - staging.finished_bytes()
-            check_disk(target.parent, missing, f"writing {target}")
-            _step(
-                staging, "plan", partial(write_bytes, staging.folder, "plan.json", dump_plan(plan).encode())
+                    make_plan = partial(_always, build_plan(variants, layers, decide, reader))
+            rounds = Rounds(
+                evidence=evidence,
+                statistics=found,
+                staging=staging,
+                target=target,
+                asked=asked,
+                max_ram=max_ram,
+                report=report,
             )
-            errors, resumed = _write_pools(plan, evidence, staging, report)
-            tensors = _write_non_experts(variants, staging, reader, report)
-            manifest = finish(variants, plan, errors, staging, tensors, reports, target)
-    return Merged(folder=target, plan=plan, manifest=manifest, resumed_layers=resumed)
+            done = rounds.run(make_plan, gate)
+            outcomes = {
+                name: Outcome(_predicted(done.plan, name) | dict(quality.damage), tuple(quality.tensors))
+                for name, quality in done.qualities.items()
+            }
+            repaired = {name: quality.tensors for name, quality in done.qualities.items()}
+            tensors = _write_non_experts(variants, repaired, staging, reader, report)
+            manifest = finish(variants, done.plan, done.errors, staging, tensors, reports, outcomes, target)
+    return Merged(folder=target, plan=done.plan, manifest=manifest, resumed_layers=done.resumed_layers)
 
 
 def _task_of(
     variants: VariantSet,
     decide: PlanOptions | ConsolidationPlan,
+    asked: RepairOptions,
     statistics: Statistics,
     reader: TensorReader,
 ) -> str:
@@ -146,7 +165,32 @@ def _task_of(
     stamps = [_file_stamps(checkpoint) for checkpoint in checkpoints]
     evidence = statistics.identity
     names = list(variants.variants)
-    return json.dumps([__version__, SCHEMA, origins, names, prints, stamps, decision, evidence])
+    return json.dumps([__version__, SCHEMA, origins, names, prints, stamps, decision, repr(asked), evidence])
+
+
+def _always(plan: ConsolidationPlan, correction: Mapping[str, float] | None = None) -> ConsolidationPlan:
+    """What does not depend on how a round came out."""
+    return plan
+
+
+def _measured(
+    variants: VariantSet,
+    records: list[LayerRecord],
+    decide: PlanOptions,
+    statistics: Statistics,
+    reader: TensorReader,
+    correction: Mapping[str, float],
+) -> ConsolidationPlan:
+    return build_measured_plan(variants, records, decide, statistics, reader)
+
+
+def _gate_of(decide: PlanOptions | ConsolidationPlan) -> Gate:
+    return Gate()
+
+
+def _predicted(plan: ConsolidationPlan, variant: str) -> dict[str, float]:
+    damage = plan.predicted_damage.get(variant)
+    return {} if damage is None else {"predicted": damage}
 
 
 def _file_stamps(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
@@ -200,10 +244,6 @@ def _similarity_step(layer_index: int) -> str:
     return f"similarity {layer_index}"
 
 
-def _bytes_to_write(variants: VariantSet, plan: ConsolidationPlan) -> int:
-    return plan.stored_bytes + sum(variant.other_bytes for variant in variants.variants.values())
-
-
 def _step(staging: Staging, name: str, write: Callable[[], dict[str, str]]) -> bool:
     """Do a step unless a run before finished it; returns whether that was so."""
     if staging.finished(name) is not None:
@@ -212,32 +252,23 @@ def _step(staging: Staging, name: str, write: Callable[[], dict[str, str]]) -> b
     return False
 
 
-def _write_pools(
-    plan: ConsolidationPlan, evidence: Evidence, staging: Staging, report: Progress
-) -> tuple[dict[int, Errors], int]:
-    """Write every layer; returns errors by layer index, and how many layers were there."""
-    report.start("pool", plan.stored_bytes)
-    errors: dict[int, Errors] = {}
-    resumed = 0
-    for layer in plan.layers:
-        step = f"pool {layer.index}"
-        done = staging.finished(step)
-        if done is None:
-            written = write_layer(staging.folder, evidence, layer, report.advance)
-            staging.finish(step, written.files, {"errors": written.errors})
-            errors[layer.index] = written.errors
-        else:
-            resumed += 1
-            errors[layer.index] = done["errors"]
-            report.advance(plan.stored_bytes // len(plan.layers))
-    return errors, resumed
-
-
 def _write_non_experts(
-    variants: VariantSet, staging: Staging, reader: TensorReader, report: Progress
+    variants: VariantSet,
+    repaired: Mapping[str, Mapping[str, StoredTensor]],
+    staging: Staging,
+    reader: TensorReader,
+    report: Progress,
 ) -> dict[str, dict[str, str]]:
-    """Write shared and own tensors; returns the file of every tensor by variant and exported name."""
-    named = {name: _exported(checkpoint) for name, checkpoint in variants.variants.items()}
+    """Write shared and own tensors; returns the file of every tensor by variant and exported name.
+
+    Args:
+        variants: Whose tensors they are.
+        repaired: By variant and role, what stands in place of its own.
+        staging: Takes a step for each file.
+        reader: Open reader.
+        report: Told of bytes.
+    """
+    named = {name: _exported(checkpoint, repaired[name]) for name, checkpoint in variants.variants.items()}
     shared, places = group_equal(named, reader)
     report.start("non-expert tensors", sum(variant.other_bytes for variant in variants.variants.values()))
     for number, tensors in enumerate(shared, start=1):
@@ -256,6 +287,6 @@ def _write_non_experts(
     return files
 
 
-def _exported(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+def _exported(checkpoint: Checkpoint, repaired: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     names = checkpoint.family.role_names(checkpoint.settings)
-    return {names[role]: tensor for role, tensor in checkpoint.tensors.items()}
+    return {names[role]: repaired.get(role, tensor) for role, tensor in checkpoint.tensors.items()}

@@ -18,6 +18,8 @@ from moemerge.checkpoint.digest import hash_file
 from moemerge.errors import DamagedInput, IncompatibleInputs, InvalidRecipe
 
 logger = logging.getLogger(__name__)
+WORK = "work/"
+"""Files of this folder are needed on the way and are not part of the bundle."""
 _JOURNAL = "journal.jsonl"
 
 
@@ -103,6 +105,11 @@ class Staging:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+def is_published(name: str) -> bool:
+    """Whether a file of the staging folder becomes part of the bundle."""
+    return not name.startswith(WORK)
 
 
 @contextmanager

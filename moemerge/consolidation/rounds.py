@@ -1,0 +1,243 @@
+"""Rounds of a merge: write what a plan says, measure it, and plan again while a variant misses its floor.
+
+Layers whose plan did not change are not written again. Everything is journalled: a killed run goes through
+the same rounds without repeating their work.
+"""
+
+import logging
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+from moemerge.bundle.writer import write_bytes
+from moemerge.calibration.passes import CalibrationOptions
+from moemerge.checkpoint.disk import check_disk
+from moemerge.checkpoint.variants import VariantSet
+from moemerge.consolidation.evidence import Evidence
+from moemerge.consolidation.finishing import draft_bundle
+from moemerge.consolidation.measured import Statistics
+from moemerge.consolidation.plan import ConsolidationPlan, PlannedLayer, dump_plan, read_plan
+from moemerge.consolidation.pools import Errors, write_layer
+from moemerge.consolidation.quality import Quality, RepairOptions, measure_quality, recall_quality
+from moemerge.consolidation.staging import WORK, Staging
+from moemerge.errors import InvalidRecipe, QualityGateFailed
+from moemerge.progress import Progress
+
+MORE_ROUNDS = 2
+"""Plans that are tried after the first one."""
+_CORRECTED = (0.25, 4.0)
+"""A prediction is not corrected by more than this at once: what was measured is a sample, too."""
+logger = logging.getLogger(__name__)
+
+
+class MakePlan(Protocol):
+    """Makes a plan."""
+
+    def __call__(self, *, correction: Mapping[str, float]) -> ConsolidationPlan:
+        """Told by variant what predictions are to be multiplied with; nothing in the first round."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What the user wants to be kept of what fine-tuning gained, 1 being all.
+
+    Attributes:
+        floor: By every variant.
+        mean: On average.
+    """
+
+    floor: float | None = None
+    mean: float | None = None
+
+    def missed(self, qualities: Mapping[str, Quality]) -> list[str]:
+        """What is not kept, in words."""
+        kept = {name: quality.damage.get("gain_recovered") for name, quality in qualities.items()}
+        known = {name: share for name, share in kept.items() if share is not None}
+        found = [
+            f"variant {name} keeps {share:.4f} of what it gained, its floor is {self.floor:g}"
+            for name, share in known.items()
+            if self.floor is not None and share < self.floor
+        ]
+        mean = statistics.fmean(known.values()) if known else 1.0
+        if self.mean is not None and mean < self.mean:
+            found.append(f"variants keep {mean:.4f} of what they gained on average, asked for {self.mean:g}")
+        return found
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is asked for."""
+        return self.floor is None and self.mean is None
+
+
+def check_gate(gate: Gate, statistics: Statistics) -> None:
+    """Make sure that what a gate asks for can be measured.
+
+    Raises:
+        InvalidRecipe: There is no text, or it is not known what fine-tuning gained.
+    """
+    if not gate.is_open and not statistics.gained:
+        raise InvalidRecipe(
+            "a share of what fine-tuning gained needs the base, and text that every variant predicts better "
+            "than the base does. Give --base, and --text or --calibration made with it"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """What the rounds ended with.
+
+    Attributes:
+        plan: The last one, which was carried out.
+        errors: By layer index; see `pools.Errors`.
+        qualities: By variant.
+        resumed_layers: Layers that an earlier, interrupted run had finished.
+    """
+
+    plan: ConsolidationPlan
+    errors: dict[int, Errors]
+    qualities: dict[str, Quality]
+    resumed_layers: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Rounds:
+    """Carries plans out.
+
+    Attributes:
+        evidence: Variants and their statistics.
+        statistics: The same, with passages to measure on.
+        staging: Where files are written.
+        target: What they will become.
+        asked: What may be done to variants' own tensors.
+        max_ram: Bytes of memory to stay within.
+        report: Told of bytes.
+    """
+
+    evidence: Evidence
+    statistics: Statistics
+    staging: Staging
+    target: Path
+    asked: RepairOptions
+    max_ram: int | None
+    report: Progress
+    _resumed: int = 0
+
+    @property
+    def _variants(self) -> VariantSet:
+        return self.evidence.variants
+
+    def run(self, make_plan: MakePlan, gate: Gate) -> Carried:
+        """Plan, write and measure until the gate lets the result through.
+
+        Raises:
+            QualityGateFailed: It does not, after all rounds.
+            MoemergeError: As `pipeline.merge`.
+        """
+        correction: dict[str, float] = {}
+        plan: ConsolidationPlan | None = None
+        missed: list[str] = []
+        for number in range(1 + MORE_ROUNDS):
+            before, plan = plan, self._plan(number, partial(make_plan, correction=correction))
+            if before is not None and plan.layers == before.layers:
+                break
+            qualities = self._recall(number)
+            if not qualities or not gate.missed(qualities):
+                errors = self._write_pools(plan)
+                qualities = self._measure(number, plan, errors)
+            missed = gate.missed(qualities)
+            if not missed:
+                return Carried(plan=plan, errors=errors, qualities=qualities, resumed_layers=self._resumed)
+            logger.info("round %d: %s", number + 1, "; ".join(missed))
+            correction = corrected(correction, plan.predicted_damage, qualities)
+        raise QualityGateFailed(
+            f"{self.target}: {'; '.join(missed)}, measured on text held out. Nothing was published. Use a "
+            f"larger budget or a lower floor"
+        )
+
+    def _plan(self, number: int, make: Callable[[], ConsolidationPlan]) -> ConsolidationPlan:
+        """The plan of a round; what is already written follows it, whatever would be decided now."""
+        step, name = f"plan {number}", f"{WORK}plan-{number}.json"
+        if self.staging.finished(step) is None:
+            plan = make()
+            self.staging.finish(step, write_bytes(self.staging.folder, name, dump_plan(plan).encode()))
+        return read_plan(self.staging.folder / name)
+
+    def _write_pools(self, plan: ConsolidationPlan) -> dict[int, Errors]:
+        """Write the layers that are not there as planned; errors by layer index."""
+        missing = _bytes_to_write(self._variants, plan) - self.staging.finished_bytes()
+        check_disk(self.target.parent, missing, f"writing {self.target}")
+        self.report.start("pool", plan.stored_bytes)
+        errors: dict[int, Errors] = {}
+        self._resumed = 0
+        for layer in plan.layers:
+            step, digest = f"pool {layer.index}", _digest(layer)
+            done = self.staging.finished(step)
+            if done is None or done["layer"] != digest:
+                written = write_layer(self.staging.folder, self.evidence, layer, self.report.advance)
+                self.staging.finish(step, written.files, {"errors": written.errors, "layer": digest})
+                errors[layer.index] = written.errors
+            else:
+                self._resumed += 1
+                errors[layer.index] = done["errors"]
+                self.report.advance(plan.stored_bytes // len(plan.layers))
+        return errors
+
+    def _recall(self, number: int) -> dict[str, Quality]:
+        """What an interrupted run found in a round that it finished; empty otherwise."""
+        found = {name: recall_quality(self.staging, number, name) for name in self._variants.variants}
+        known = {name: quality for name, quality in found.items() if quality is not None}
+        return known if len(known) == len(found) else {}
+
+    def _measure(self, number: int, plan: ConsolidationPlan, errors: dict[int, Errors]) -> dict[str, Quality]:
+        bundle = draft_bundle(self._variants, plan, errors, self.staging.folder)
+        gained = self.statistics.gained
+        qualities = {}
+        for name, checkpoint in self._variants.variants.items():
+            passages = _passages_of(self.statistics, name)
+            if passages is None:
+                qualities[name] = Quality()
+                continue
+            qualities[name] = recall_quality(self.staging, number, name) or measure_quality(
+                self.staging,
+                number,
+                name,
+                checkpoint,
+                bundle,
+                passages.counted,
+                passages.held_out,
+                gained.get(name),
+                self.asked,
+                CalibrationOptions(max_ram=self.max_ram),
+                self.report,
+            )
+        return qualities
+
+
+def corrected(
+    correction: Mapping[str, float], predicted: Mapping[str, float], qualities: Mapping[str, Quality]
+) -> dict[str, float]:
+    """By variant, what predictions are to be multiplied with after these came out as they did."""
+    least, most = _CORRECTED
+    found = dict(correction)
+    for name, quality in qualities.items():
+        if predicted.get(name, 0.0) > 0 and "measured" in quality.damage:
+            ratio = quality.damage["measured"] / predicted[name]
+            found[name] = found.get(name, 1.0) * min(max(ratio, least), most)
+    return found
+
+
+def _bytes_to_write(variants: VariantSet, plan: ConsolidationPlan) -> int:
+    return plan.stored_bytes + sum(variant.other_bytes for variant in variants.variants.values())
+
+
+def _digest(layer: PlannedLayer) -> str:
+    return sha256(layer.model_dump_json().encode()).hexdigest()
+
+
+def _passages_of(statistics: Statistics, variant: str) -> Any:
+    return getattr(statistics, "passages", lambda name: None)(variant)
