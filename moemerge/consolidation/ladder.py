@@ -11,7 +11,7 @@ from torch import Tensor
 from moemerge.bundle.manifest import FACTOR_BITS, CodeSpec
 from moemerge.consolidation.codes.low_rank import factorise
 from moemerge.consolidation.codes.moments import Moment
-from moemerge.consolidation.codes.rounding import round_with_feedback
+from moemerge.consolidation.codes.rounding import round_together
 from moemerge.models.packed import COLUMN_MULTIPLE, PackedMatrix, Residual
 
 PLAIN = "plain"
@@ -72,10 +72,22 @@ def encode(
     parts: Mapping[str, Tensor], code: CodeSpec, moments: Mapping[str, Moment]
 ) -> dict[str, PackedMatrix]:
     """An expert's float32 matrices in few bits, with feedback from the moments of their inputs."""
-    return {
-        part: round_with_feedback(matrix, code.bits, code.group or matrix.shape[1], moments[part])
-        for part, matrix in parts.items()
-    }
+    coded = {}
+    for together in _by_inputs(parts, moments):
+        matrices = [parts[part] for part in together]
+        group = code.group or matrices[0].shape[1]
+        coded |= dict(
+            zip(together, round_together(matrices, code.bits, group, moments[together[0]]), strict=True)
+        )
+    return {part: coded[part] for part in parts}
+
+
+def _by_inputs(parts: Mapping[str, Tensor], moments: Mapping[str, Moment]) -> list[list[str]]:
+    """Names of parts, those with one moment together."""
+    found: dict[int, list[str]] = {}
+    for part in parts:
+        found.setdefault(id(moments[part]), []).append(part)
+    return list(found.values())
 
 
 def encode_residual(

@@ -10,6 +10,7 @@ from moemerge.consolidation.codes.moments import Moment
 from moemerge.models.packed import LowRank
 
 FACTOR_DTYPE = torch.bfloat16
+_OVERSAMPLING, _ROUNDS = 16, 4
 
 
 def factorise(matrix: Tensor, rank: int, moment: Moment | None = None) -> LowRank:
@@ -41,7 +42,21 @@ def factorise(matrix: Tensor, rank: int, moment: Moment | None = None) -> LowRan
 
 
 def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    """The largest singular values and their vectors, from a few rounds of subspace iteration.
+
+    Source: Halko, Martinsson and Tropp 2011 (arXiv:0909.4061), algorithm 4.4.
+    """
+    width = rank + _OVERSAMPLING
+    if width >= min(matrix.shape):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        # The same draw every time, so that the same matrix gives the same factors.
+        draw = torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(0))
+        basis = torch.linalg.qr(matrix @ draw).Q
+        for _ in range(_ROUNDS):
+            basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+        left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        left = basis @ left
     return left[:, :rank], values[:rank], right[:rank]
 
 

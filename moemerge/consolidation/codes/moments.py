@@ -6,8 +6,9 @@ needs neither the memory nor the time of their square.
 Shapes: S rows of inputs, D columns of the matrix, B columns of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ BLOCK_COLUMNS = 1024
 _DAMPING = 0.01
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Moment:
-    """Sum of `weight x x^T`, as blocks [B, B] along the diagonal, float32."""
+    """Sum of `weight x x^T`, as blocks [B, B] along the diagonal, float32; all but the last of one size."""
 
     blocks: tuple[Tensor, ...]
 
@@ -35,6 +36,22 @@ class Moment:
         """Columns of each block."""
         stops = torch.tensor([len(block) for block in self.blocks]).cumsum(0).tolist()
         return [slice(stop - len(block), stop) for stop, block in zip(stops, self.blocks, strict=True)]
+
+    @cached_property
+    def feedback(self) -> list[tuple[slice, Tensor]]:
+        """What an error in a column is to change in later ones, for stretches of blocks of one size.
+
+        Columns, and the upper Cholesky factor of each damped block's inverse, stacked [blocks, B, B].
+        """
+        groups: dict[int, list[Tensor]] = {}
+        for block in self.damped().blocks:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(block))
+            groups.setdefault(len(block), []).append(torch.linalg.cholesky(inverse, upper=True))
+        found, start = [], 0
+        for size, factors in groups.items():
+            found.append((slice(start, start + size * len(factors)), torch.stack(factors)))
+            start += size * len(factors)
+        return found
 
     def scaled(self, factor: float) -> "Moment":
         """With other weights."""
@@ -74,3 +91,15 @@ def add_moments(moments: Sequence[Moment]) -> Moment:
     """Sum of moments of one number of columns."""
     columns = zip(*(moment.blocks for moment in moments), strict=True)
     return Moment(tuple(torch.stack(blocks).sum(dim=0) for blocks in columns))
+
+
+def add_part_moments(members: Sequence[Mapping[str, Moment]]) -> dict[str, Moment]:
+    """Sums by part; parts that share a moment in every member share the sum."""
+    sums: dict[tuple[int, ...], Moment] = {}
+    found = {}
+    for part in members[0]:
+        same = tuple(id(moments[part]) for moments in members)
+        if same not in sums:
+            sums[same] = add_moments([moments[part] for moments in members])
+        found[part] = sums[same]
+    return found

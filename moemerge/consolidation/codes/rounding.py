@@ -1,49 +1,61 @@
-"""Round a matrix to few bits: to the nearest code, or so that later columns make up for earlier errors.
+"""Round matrices to few bits: to the nearest code, or so that later columns make up for earlier errors.
 
 Scales are chosen per row and group of columns, by trying how far the outermost values may be clipped.
 
-Shapes: N rows, D columns, B columns of a group or block.
+Inside, matrices lie transposed, so that a column is one stretch of memory, and several at once: blocks of
+columns that do not know of each other are rounded together.
+
+Shapes: N rows, D columns, C columns of a group, W columns of a block, B blocks, G groups.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from moemerge.consolidation.codes.moments import BLOCK_COLUMNS, Moment
+from moemerge.consolidation.codes.moments import Moment
 from moemerge.models.packed import PackedMatrix, pack_codes
 
 SCALE_DTYPE = torch.bfloat16
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45)
-_GENTLE_CLIPS = _CLIPS[:4]
+_COARSE_CLIPS = (1.0, 0.8, 0.6)
+_FINER_STEPS = (0.1, 0.05)
 _MANY_BITS = 5
+_MANY_BITS_CLIPS, _MANY_BITS_STEPS = (1.0, 0.9), (0.05,)
 _SMALLEST_SCALE = 1e-30
+_LEAF_COLUMNS = 16
 
 
-def round_nearest(matrix: Tensor, bits: int, group: int, importance_D: Tensor | None = None) -> PackedMatrix:
+def round_nearest(matrix: Tensor, bits: int, group: int, *, search: bool = True) -> PackedMatrix:
     """The nearest codes.
 
     Args:
         matrix: [N, D], float32.
         bits: Of a code.
         group: Columns that share a scale.
-        importance_D: What an error of a column weighs when scales are chosen; all alike by default.
+        search: Whether outermost values may be clipped; otherwise scales reach to the largest.
     """
-    importance_D = torch.ones(matrix.shape[1]) if importance_D is None else importance_D
     scales, codes = [], []
     for start in range(0, matrix.shape[1], group):
-        columns = slice(start, min(start + group, matrix.shape[1]))
-        scales.append(choose_scale(matrix[:, columns], bits, importance_D[columns]))
-        codes.append(_nearest(matrix[:, columns], scales[-1], bits))
-    return _packed(codes, scales, bits, group)
+        values_CN = matrix[:, start : start + group].T.contiguous()
+        scale_N = choose_scale(values_CN, bits, torch.ones(len(values_CN)), search=search)
+        codes.append(_nearest(values_CN, scale_N, bits).to(torch.uint8))
+        scales.append(scale_N)
+    return _packed(torch.cat(codes), torch.stack(scales), bits, group)
 
 
 def round_with_feedback(matrix: Tensor, bits: int, group: int, moment: Moment) -> PackedMatrix:
-    """Codes whose errors cancel on the inputs of this second moment.
+    """Codes whose errors cancel on the inputs of this second moment; see `round_together`."""
+    return round_together([matrix], bits, group, moment)[0]
+
+
+def round_together(matrices: Sequence[Tensor], bits: int, group: int, moment: Moment) -> list[PackedMatrix]:
+    """Codes of matrices that are multiplied with the same inputs.
 
     Columns are rounded one after the other; what an error changes in `matrix x` is taken from columns
     that are still to come, as far as inputs allow it. Without inputs these are the nearest codes.
 
     Args:
-        matrix: [N, D], float32.
+        matrices: [N, D] each, float32.
         bits: Of a code.
         group: Columns that share a scale.
         moment: Of the inputs; needs no full rank.
@@ -51,72 +63,136 @@ def round_with_feedback(matrix: Tensor, bits: int, group: int, moment: Moment) -
     Source: Frantar et al. 2022, GPTQ (arXiv:2210.17323).
     """
     if moment.is_empty:
-        return round_nearest(matrix, bits, group)
+        return [round_nearest(matrix, bits, group) for matrix in matrices]
+    whole_DN = torch.cat(list(matrices)).T
     importance_D = moment.diagonal()
-    whole_row = choose_scale(matrix, bits, importance_D) if group >= matrix.shape[1] else None
-    scales, codes = [], []
-    for block, damped in zip(moment.slices(), moment.damped().blocks, strict=True):
-        feedback_BB = torch.linalg.cholesky(_inverse(damped), upper=True)
-        rest_NB = matrix[:, block].clone()
-        for start in range(0, rest_NB.shape[1], min(group, BLOCK_COLUMNS)):
-            columns = slice(start, min(start + group, rest_NB.shape[1]))
-            scale_N1 = whole_row
-            if scale_N1 is None:
-                scale_N1 = choose_scale(rest_NB[:, columns], bits, importance_D[block][columns])
-                scales.append(scale_N1)
-            codes.append(_round_group(rest_NB, columns, scale_N1, bits, feedback_BB))
-    return _packed(codes, [whole_row] if whole_row is not None else scales, bits, group)
+    # One scale a row must hold for all blocks, which are rounded by themselves.
+    fixed_N = choose_scale(whole_DN, bits, importance_D) if group >= len(whole_DN) else None
+    codes, scales = [], []
+    for columns, feedback_BWW in moment.feedback:
+        shape = len(feedback_BWW), feedback_BWW.shape[1]
+        rest_BWN = whole_DN[columns].clone(memory_format=torch.contiguous_format).unflatten(0, shape)
+        importance_BW = importance_D[columns].unflatten(0, shape)
+        rounding = _Feedback(rest_BWN, feedback_BWW, importance_BW, bits, fixed_N)
+        rounding.round(min(group, shape[1]))
+        codes.append(rounding.codes_BWN.flatten(0, 1))
+        if fixed_N is None:
+            scales.append(torch.stack(rounding.scales, dim=1).flatten(0, 1))
+    codes_DN = torch.cat(codes)
+    scales_GN = torch.cat(scales) if fixed_N is None else fixed_N.unsqueeze(0)
+    rows = [len(matrix) for matrix in matrices]
+    pieces = zip(codes_DN.split(rows, dim=1), scales_GN.split(rows, dim=1), strict=True)
+    return [_packed(own_codes, own_scales, bits, group) for own_codes, own_scales in pieces]
 
 
-def choose_scale(values_NB: Tensor, bits: int, importance_B: Tensor) -> Tensor:
-    """The scale [N, 1] of each row with the least weighted square error, as it will be stored."""
-    largest_N1 = values_NB.abs().amax(dim=1, keepdim=True)
+def choose_scale(values_CN: Tensor, bits: int, importance_C: Tensor, *, search: bool = True) -> Tensor:
+    """The scale [N] of each row with the least weighted square error, as it will be stored.
+
+    Args:
+        values_CN: Columns that share a scale, [..., C, N].
+        bits: Of a code.
+        importance_C: What an error of a column weighs, [..., C].
+        search: Whether outermost values may be clipped.
+    """
+    reached = importance_C.any(dim=-1, keepdim=True)
     # A group whose columns no input reaches is rounded as if all did.
-    weight_B = importance_B if bool(importance_B.any()) else torch.ones_like(importance_B)
+    weight_1C = torch.where(reached, importance_C, torch.ones_like(importance_C)).unsqueeze(-2)
     if bits == 1:
-        mean_N1 = (values_NB.abs() @ weight_B / weight_B.sum()).unsqueeze(1)
-        return (2 * mean_N1).clamp_min(_SMALLEST_SCALE).to(SCALE_DTYPE)
-    best_N1, least_N1 = largest_N1, torch.full_like(largest_N1, torch.inf)
-    for clip in _GENTLE_CLIPS if bits >= _MANY_BITS else _CLIPS:
-        scale_N1 = (largest_N1 * (clip / (2 ** (bits - 1) - 0.5))).clamp_min(_SMALLEST_SCALE).to(SCALE_DTYPE)
-        difference_NB = decode(_nearest(values_NB, scale_N1, bits), scale_N1, bits) - values_NB
-        error_N1 = (difference_NB.square_() @ weight_B).unsqueeze(1)
-        best_N1 = torch.where(error_N1 < least_N1, scale_N1.float(), best_N1)
-        least_N1 = torch.minimum(error_N1, least_N1)
-    return best_N1.to(SCALE_DTYPE)
+        mean_N = (weight_1C @ values_CN.abs()).squeeze(-2) / weight_1C.sum(dim=-1)
+        return (2 * mean_N).clamp_min(_SMALLEST_SCALE).to(SCALE_DTYPE)
+    widest_N = values_CN.abs().amax(dim=-2) / (2 ** (bits - 1) - 0.5)
+    if not search:
+        return widest_N.clamp_min(_SMALLEST_SCALE).to(SCALE_DTYPE)
+    found = _ScaleSearch(values_CN, weight_1C, widest_N, bits)
+    clips, steps = (
+        (_COARSE_CLIPS, _FINER_STEPS) if bits < _MANY_BITS else (_MANY_BITS_CLIPS, _MANY_BITS_STEPS)
+    )
+    for clip in clips:
+        found.attempt(torch.full_like(widest_N, clip))
+    for step in steps:
+        middle_N = found.clip_N.clone()
+        found.attempt(middle_N - step)
+        found.attempt((middle_N + step).clamp_max(1.0))
+    return found.scale_N
 
 
-def decode(codes_NB: Tensor, scale_N1: Tensor, bits: int) -> Tensor:
-    """Values of codes with one scale a row, as `PackedMatrix.dense` has them."""
-    steps_NB: Tensor = codes_NB.float() - (2 ** (bits - 1) - 0.5)
-    return steps_NB * scale_N1.float()
+class _ScaleSearch:
+    """The best scale of each row so far."""
+
+    def __init__(self, values_CN: Tensor, weight_1C: Tensor, widest_N: Tensor, bits: int) -> None:
+        self._values_CN, self._weight_1C, self._widest_N, self._bits = values_CN, weight_1C, widest_N, bits
+        self._least_N = torch.full_like(widest_N, torch.inf)
+        self.clip_N = torch.ones_like(widest_N)
+        self.scale_N = widest_N.to(SCALE_DTYPE)
+
+    def attempt(self, clip_N: Tensor) -> None:
+        """Clip each row at so much of its widest."""
+        scale_N = (self._widest_N * clip_N).clamp_min_(_SMALLEST_SCALE).to(SCALE_DTYPE)
+        error_CN = _nearest(self._values_CN, scale_N, self._bits)
+        error_CN.sub_(2 ** (self._bits - 1) - 0.5).mul_(_rows(scale_N)).sub_(self._values_CN).square_()
+        error_N = (self._weight_1C @ error_CN).squeeze(-2)
+        better_N = error_N < self._least_N
+        self._least_N = torch.where(better_N, error_N, self._least_N)
+        self.clip_N = torch.where(better_N, clip_N, self.clip_N)
+        self.scale_N = torch.where(better_N, scale_N, self.scale_N)
 
 
-def _nearest(values_NB: Tensor, scale_N1: Tensor, bits: int) -> Tensor:
-    places_NB = (values_NB / scale_N1.float()).floor_().add_(2 ** (bits - 1))
-    codes_NB: Tensor = places_NB.clamp_(0, 2**bits - 1).to(torch.uint8)
-    return codes_NB
+class _Feedback:
+    """Rounds blocks side by side, halving them until few columns are left to go through one by one."""
+
+    def __init__(
+        self, rest_BWN: Tensor, feedback_BWW: Tensor, importance_BW: Tensor, bits: int, fixed_N: Tensor | None
+    ) -> None:
+        self._rest_BWN = rest_BWN
+        self._feedback_BWW = feedback_BWW
+        self._importance_BW = importance_BW
+        self._bits = bits
+        self._fixed_BN = None if fixed_N is None else fixed_N.expand(len(rest_BWN), -1)
+        self._errors_BWN = torch.empty_like(rest_BWN)
+        self.codes_BWN = torch.empty_like(rest_BWN, dtype=torch.uint8)
+        self.scales: list[Tensor] = []
+
+    def round(self, group: int) -> None:
+        """All columns, of which so many share a scale."""
+        self._round(0, self._rest_BWN.shape[1], group, self._fixed_BN)
+
+    def _round(self, first: int, last: int, group: int, scale_BN: Tensor | None) -> None:
+        if scale_BN is None and last - first <= group:
+            values_BCN = self._rest_BWN[:, first:last]
+            scale_BN = choose_scale(values_BCN, self._bits, self._importance_BW[:, first:last])
+            self.scales.append(scale_BN)
+        if scale_BN is not None and last - first <= _LEAF_COLUMNS:
+            self._round_columns(first, last, scale_BN.float())
+            return
+        unit = group if scale_BN is None else _LEAF_COLUMNS
+        middle = first + unit * -(-(last - first) // (2 * unit))
+        self._round(first, middle, group, scale_BN)
+        passed_on = self._feedback_BWW[:, first:middle, middle:last].mT
+        self._rest_BWN[:, middle:last].baddbmm_(passed_on, self._errors_BWN[:, first:middle], alpha=-1)
+        self._round(middle, last, group, scale_BN)
+
+    def _round_columns(self, first: int, last: int, scale_BN: Tensor) -> None:
+        inverse_BN, half = scale_BN.reciprocal(), 2 ** (self._bits - 1)
+        for place in range(first, last):
+            column_BN, error_BN = self._rest_BWN[:, place], self._errors_BWN[:, place]
+            code_BN = (column_BN * inverse_BN).floor_().add_(half).clamp_(0, 2 * half - 1)
+            self.codes_BWN[:, place] = code_BN
+            torch.addcmul(column_BN, code_BN.sub_(half - 0.5), scale_BN, value=-1, out=error_BN)
+            error_BN.div_(self._feedback_BWW[:, place, place].unsqueeze(1))
+            rest = slice(place + 1, last)
+            passed_on = self._feedback_BWW[:, place, rest].unsqueeze(2)
+            self._rest_BWN[:, rest].addcmul_(passed_on, error_BN.unsqueeze(1), value=-1)
 
 
-def _round_group(rest_NB: Tensor, columns: slice, scale_N1: Tensor, bits: int, feedback_BB: Tensor) -> Tensor:
-    """Codes of a group of columns; their errors are taken from the columns behind them, in place."""
-    # Rows of the transposed are columns of the matrix: each is one stretch of memory.
-    group_BN = rest_NB[:, columns].T.contiguous()
-    inner_BB = feedback_BB[columns, columns]
-    errors_BN, codes_BN = torch.empty_like(group_BN), torch.empty_like(group_BN, dtype=torch.uint8)
-    scale_N = scale_N1.squeeze(1).float()
-    for place in range(len(group_BN)):
-        code_N = _nearest(group_BN[place], scale_N, bits)
-        error_N = (group_BN[place] - decode(code_N, scale_N, bits)) / inner_BB[place, place]
-        group_BN[place + 1 :].addr_(inner_BB[place, place + 1 :], error_N, alpha=-1)
-        codes_BN[place], errors_BN[place] = code_N, error_N
-    rest_NB[:, columns.stop :] -= errors_BN.T @ feedback_BB[columns, columns.stop :]
-    return codes_BN.T
+def _nearest(values_CN: Tensor, scale_N: Tensor, bits: int) -> Tensor:
+    """Codes, as float32."""
+    places_CN: Tensor = values_CN * _rows(scale_N).reciprocal()
+    return places_CN.floor_().add_(2 ** (bits - 1)).clamp_(0, 2**bits - 1)
 
 
-def _inverse(moment_BB: Tensor) -> Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(moment_BB))
+def _rows(scale_N: Tensor) -> Tensor:
+    return scale_N.float().unsqueeze(-2)
 
 
-def _packed(codes: list[Tensor], scales: list[Tensor], bits: int, group: int) -> PackedMatrix:
-    return PackedMatrix(pack_codes(torch.cat(codes, dim=1), bits), torch.cat(scales, dim=1), bits, group)
+def _packed(codes_DN: Tensor, scales_GN: Tensor, bits: int, group: int) -> PackedMatrix:
+    return PackedMatrix(pack_codes(codes_DN.T.contiguous(), bits), scales_GN.T.contiguous(), bits, group)

@@ -10,7 +10,12 @@ from moemerge.consolidation.codes.moments import (
     moment_of_matrix,
     moment_of_rows,
 )
-from moemerge.consolidation.codes.rounding import choose_scale, round_nearest, round_with_feedback
+from moemerge.consolidation.codes.rounding import (
+    choose_scale,
+    round_nearest,
+    round_together,
+    round_with_feedback,
+)
 from moemerge.models.packed import WIDTHS, spread, unpack
 
 ROWS, COLUMNS, INPUTS = 24, 128, 600
@@ -57,7 +62,7 @@ def test_rows_of_zeros_stay_next_to_nothing():
 
 def test_scale_follows_the_columns_that_matter():
     """One far entry makes a wide scale, unless an error there weighs nothing."""
-    values = draw(1, 32)
+    values = draw(32, 1)
     values[0, 0] = 100.0
     unimportant = torch.ones(32)
     unimportant[0] = 0
@@ -72,6 +77,33 @@ def test_feedback_does_less_damage_on_correlated_inputs_than_the_nearest_codes(b
     assert moment.error(fed.dense() - matrix) < moment.error(near.dense() - matrix)
     assert (fed.bits, fed.group, fed.codes.shape) == (near.bits, near.group, near.codes.shape)
     assert fed.scales.shape == near.scales.shape
+
+
+@pytest.mark.parametrize("group", [32, COLUMNS])
+def test_matrices_of_the_same_inputs_get_the_codes_that_each_gets_alone(group):
+    first, second, moment = draw(ROWS, COLUMNS), draw(ROWS // 2, COLUMNS, seed=9), correlated()
+    for together, alone in zip(
+        round_together([first, second], 4, group, moment),
+        (round_with_feedback(first, 4, group, moment), round_with_feedback(second, 4, group, moment)),
+        strict=True,
+    ):
+        assert torch.equal(together.codes, alone.codes)
+        assert torch.equal(together.scales, alone.scales)
+
+
+def test_feedback_is_that_of_one_column_after_the_other():
+    """The rule as it stands in the paper: every later column changes at once."""
+    matrix, moment = draw(ROWS, COLUMNS), correlated()
+    (found,) = round_together([matrix], 4, COLUMNS, moment)
+    (upper,) = (factor[0] for _, factor in moment.feedback)
+    rest, scale = matrix.clone(), found.scales.float()
+    for place in range(COLUMNS):
+        column = rest[:, place : place + 1]
+        code = ((column / scale).floor() + 8).clamp(0, 15)
+        error = (column - (code - 7.5) * scale) / upper[place, place]
+        rest[:, place + 1 :] -= error * upper[place, place + 1 :]
+        same = unpack(found.codes, 4)[:, place : place + 1] == code
+        assert same.float().mean() > 0.9, place
 
 
 def test_rows_wider_than_a_block_of_inputs_have_one_scale():
