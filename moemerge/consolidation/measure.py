@@ -95,7 +95,17 @@ class Measurer(AbstractContextManager["Measurer"]):
             grams[part] = ExpertGram(centred=centred, num_slots=self._num_slots, has_base=has_base)
         own = experts[self._num_slots if has_base else 0 :]
         names = tuple(self._variants.variants)
-        return build_layer_similarity(layer, names, grams, find_identical(own, self._reader))
+        identity = find_identical(own, self._reader)
+        return build_layer_similarity(layer, names, grams, identity, self._routers(layer))
+
+    def _routers(self, layer: int) -> list[NDArray[np.float64]] | None:
+        """Every variant's router in a layer, when all have one."""
+        place = next(routed for routed in self._variants.first.routed_layers if routed.index == layer)
+        role = f"{place.stack}.{place.block}.router"
+        models = self._variants.variants.values()
+        if any(role not in model.tensors for model in models):
+            return None
+        return [self._reader.read(model.tensors[role]).double().numpy() for model in models]
 
     def _accumulate(self, tensors: list[StoredTensor]) -> NDArray[np.float64]:
         length = tensors[0].num_elements

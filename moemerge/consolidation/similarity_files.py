@@ -53,8 +53,11 @@ def write_layer_similarity(folder: Path, subfolder: str, layer: LayerSimilarity)
     arrays = {f"distance.{name}": matrix for name, matrix in layer.distances.items()}
     arrays |= {f"part_l2.{part}": matrix for part, matrix in layer.part_l2.items()}
     arrays["norms"] = layer.norms
+    arrays |= {f"part_norms.{part}": norms for part, norms in layer.part_norms.items()}
     if layer.delta_norms is not None:
         arrays["delta_norms"] = layer.delta_norms
+    if layer.router_l2 is not None:
+        arrays["router_l2"] = layer.router_l2
     tensors = [memory_tensor(name, torch.from_numpy(np.ascontiguousarray(a))) for name, a in arrays.items()]
     tensors.append(memory_tensor("identity", torch.from_numpy(layer.identity)))
     name = f"{subfolder}/{layer_file(layer.layer)}" if subfolder else layer_file(layer.layer)
@@ -79,6 +82,8 @@ def load_layer_similarity(folder: Path, layer_index: int, variants: tuple[str, .
         norms=arrays["norms"],
         identity=arrays["identity"],
         delta_norms=arrays.get("delta_norms"),
+        part_norms=_with_prefix(arrays, "part_norms."),
+        router_l2=arrays.get("router_l2"),
     )
 
 

@@ -1,6 +1,7 @@
 """Similarity of all experts of a layer: what the plan decides on and the report shows."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ class LayerSimilarity:
         identity: [N] int64; equal numbers mean bytewise equal experts, the number being the index
             of the first of them.
         delta_norms: [N], norms of the deltas to the base; None without a base.
+        part_norms: [N] by part.
+        router_l2: [V, V, E], relative L2 between variants' routers, row by row; None where there was none
+            to compare.
     """
 
     layer: int
@@ -34,6 +38,8 @@ class LayerSimilarity:
     norms: Matrix
     identity: NDArray[np.int64]
     delta_norms: Matrix | None = None
+    part_norms: dict[str, Matrix] = field(default_factory=dict)
+    router_l2: Matrix | None = None
 
     @property
     def num_experts(self) -> int:
@@ -79,6 +85,7 @@ def build_layer_similarity(
     variants: tuple[str, ...],
     grams: dict[str, ExpertGram],
     identity: NDArray[np.int64],
+    routers: Sequence[Matrix] | None = None,
 ) -> LayerSimilarity:
     """Distances from the Gram matrices of the parts.
 
@@ -87,6 +94,7 @@ def build_layer_similarity(
         variants: Names, in the order of the Gram's rows.
         grams: One per part, all of the same experts.
         identity: See `LayerSimilarity`; identical experts get distance zero exactly.
+        routers: Of every variant, [E, D].
     """
     first = next(iter(grams.values()))
     whole = ExpertGram(
@@ -107,4 +115,15 @@ def build_layer_similarity(
         norms=np.sqrt(np.diag(whole.inner_products())),
         identity=identity,
         delta_norms=np.sqrt(np.diag(whole.delta_products())) if whole.has_base else None,
+        part_norms={part: np.sqrt(np.diag(gram.inner_products())) for part, gram in grams.items()},
+        router_l2=compare_routers(routers) if routers is not None else None,
     )
+
+
+def compare_routers(routers: Sequence[Matrix]) -> Matrix:
+    """`|r_a - r_b|` over the root mean square of their norms, for every slot's row of the routers [E, D]."""
+    # One at a time: all pairs at once would be V times all routers.
+    difference = np.array([[np.linalg.norm(a - b, axis=-1) for b in routers] for a in routers])
+    squares = np.array([np.square(router).sum(axis=-1) for router in routers])
+    scale = np.sqrt((squares[:, None] + squares[None, :]) / 2)
+    return np.divide(difference, scale, out=np.zeros_like(difference), where=scale > 0)

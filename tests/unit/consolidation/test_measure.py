@@ -1,5 +1,7 @@
 """The streamed measurement of a layer against the one in memory."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation import measure
 from moemerge.consolidation.measure import Measurer, measurement_bytes
+from moemerge.consolidation.similarity_files import load_layer_similarity, write_layer_similarity
 from moemerge.errors import DamagedInput, NotEnoughRoom
 from moemerge.refs import FolderRef
 from moemerge.similarity.gram import gram_of
@@ -52,6 +55,21 @@ def test_streamed_distances_equal_those_in_memory(base, layout, tmp_path):
     for part, matrix in expected.part_l2.items():
         np.testing.assert_allclose(found.part_l2[part], matrix, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-6)
+    for part, norms in expected.part_norms.items():
+        np.testing.assert_allclose(found.part_norms[part], norms, rtol=1e-6)
+
+
+def test_routers_are_compared_row_by_row(tmp_path):
+    base = write_checkpoint(tmp_path / "base")
+    write_checkpoint(tmp_path / "a", base=base, noise=0.1, seed=1)
+    write_checkpoint(tmp_path / "b", base=base, noise=0.1, seed=2, only=lambda n: n != "decoder.1.router")
+    found = measure_layer(open_folders(tmp_path, names=("base", "a", "b")), 1).router_l2
+    rows = [read_canonical(tmp_path / name)["decoder.1.router"].double() for name in ("base", "a")]
+    norms = torch.stack([row.square().sum(dim=1) for row in rows]).mean(dim=0).sqrt()
+    np.testing.assert_allclose(found[0, 1], (rows[0] - rows[1]).norm(dim=1) / norms, rtol=1e-12)
+    assert found.shape == (3, 3, 4)
+    assert not found[0, 2].any()
+    np.testing.assert_array_equal(found[1], found[:, 1])
 
 
 @pytest.mark.parametrize("noise", [1e-4, 1e-6])
@@ -175,3 +193,12 @@ def test_measuring_leaves_torch_threads_as_they_were(tmp_path):
     before = torch.get_num_threads()
     measure_layer(open_folders(tmp_path), 0)
     assert torch.get_num_threads() == before
+
+
+def test_what_is_written_of_a_layer_is_read_again(tmp_path):
+    write_siblings(tmp_path, names=NAMES)
+    measured = measure_layer(open_folders(tmp_path, base=True), 1)
+    write_layer_similarity(tmp_path, "", measured)
+    read = load_layer_similarity(tmp_path, 1, NAMES)
+    for field in fields(measured):
+        np.testing.assert_equal(getattr(read, field.name), getattr(measured, field.name))
