@@ -217,7 +217,8 @@ def test_examples_in_the_help_run(tmp_path, monkeypatch):
     for name in ("base", "code", "sums", "scripture", "text"):
         shutil.copytree(ROOT / "examples/families/mini" / name, tmp_path / "examples/families/mini" / name)
     # The whole demonstration takes a minute; one merge and a few windows show that it runs.
-    monkeypatch.setattr("moemerge.evaluation.demo.MERGES", (("1x", "1x", None),))
+    monkeypatch.setattr("moemerge.evaluation.demo.SYSTEMS", (("moemerge", "copies", "1x"),))
+    monkeypatch.setattr("moemerge.evaluation.demo.CALIBRATION_TOKENS", 1024)
     monkeypatch.setattr("moemerge.evaluation.demo.NUM_WINDOWS", 1)
     names = sorted(COMMANDS, key=lambda name: name != "merge")
     assert {"merge", "verify", "export", "run", "show", "similarity", "plan", "demo", "chat"} < set(names)
