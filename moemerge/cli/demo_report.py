@@ -12,8 +12,8 @@ from moemerge.evaluation.demo import SHOWN, DemoReport, System
 def print_report(report: DemoReport) -> None:
     """Similarity, bytes, perplexity, answers and swaps."""
     rows = [
-        [int(layer["index"]), layer["same_slot_median"], layer["same_slot_max"], layer["other_slot_median"]]
-        for layer in report.similarity
+        [index, layer["same_slot_median"], layer["same_slot_max"], layer["other_slot_median"]]
+        for index, layer in report.similarity.items()
     ]
     columns = ["layer", "same slot, median", "same slot, worst", "other slots, median"]
     print_table("How far apart the fine-tunes' experts are (relative L2)", columns, rows)

@@ -37,12 +37,12 @@ def print_evaluation(found: Evaluation) -> None:
         print_table("Share of slots that both routers chose, by layer", ["layer", "mean", *names], table)
     if found.lm_eval:
         typer.echo()
-        table = [
+        results: list[list[object]] = [
             [row.variant, row.task, row.metric, row.base, row.original, row.bundle, row.kept]
             for row in found.lm_eval
         ]
         columns = ["variant", "task", "metric", "base", "original", "bundle", "kept"]
-        print_table("Results of lm-evaluation-harness", columns, table)
+        print_table("Results of lm-evaluation-harness", columns, results)
 
 
 def _figures(one: VariantFigures, names: list[str]) -> list[Any]:

@@ -9,16 +9,19 @@ Shapes: R draws, n passages of a variant.
 Source: Efron 1979, bootstrap methods; percentile intervals, paired for differences.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 LEVEL = 0.95
 NUM_DRAWS = 2000
 _ENTRIES = 2**22
 """Drawn numbers that are held at a time."""
+
+
+Values = Sequence[float] | NDArray[np.float64]
 
 
 class Interval(NamedTuple):
@@ -31,8 +34,8 @@ class Interval(NamedTuple):
 class Ratio(NamedTuple):
     """One variant's share, as two values for every passage [n]."""
 
-    part: ArrayLike
-    whole: ArrayLike
+    part: Values
+    whole: Values
 
     @property
     def share(self) -> float:

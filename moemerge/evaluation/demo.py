@@ -77,7 +77,7 @@ class DemoReport:
 
     bundle: Path
     variants: list[str]
-    similarity: list[dict[str, float | None]]
+    similarity: dict[int, dict[str, float | None]]
     variant_bytes: int
     systems: list[System]
     answers: dict[str, tuple[str, str]]
@@ -135,7 +135,7 @@ def run_demo(family: Path, out: Path, say: Callable[[str], None]) -> DemoReport:
     return DemoReport(
         bundle=shown,
         variants=names,
-        similarity=[{"index": layer.layer, **layer.summary()} for layer in materials.layers],
+        similarity={layer.layer: layer.summary() for layer in materials.layers},
         variant_bytes=variants.first.expert_bytes,
         systems=systems,
         answers=answers,

@@ -4,7 +4,7 @@ Scores are kept passage by passage, so that intervals can be drawn later. Pure b
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,7 @@ class Comparison:
 
         A variant that gained nothing, or whose original answers nothing right, is left out.
         """
+        ratios: dict[str, Ratio]
         if self.unit == ACCURACY:
             ratios = {
                 name: Ratio(measured.correct[name], self.originals.correct[name]) for name in self.names
@@ -183,25 +184,27 @@ class Comparison:
         return {name: ratio for name, ratio in ratios.items() if np.mean(ratio.whole) > 0}
 
     def _row(self, measured: Measured) -> Row:
-        place = {"method": measured.method, "budget": measured.budget}
+        row = Row(
+            method=measured.method,
+            budget=measured.budget,
+            cannot=measured.cannot,
+            bytes_ratio=measured.bytes_ratio,
+        )
         if measured.cannot is not None:
-            return Row(**place, cannot=measured.cannot)
-        ratios = self.shares(measured)
-        scores = self._scores(measured)
+            return row
+        ratios, row = self.shares(measured), replace(row, scores=self._scores(measured))
         if not ratios:
-            return Row(**place, bytes_ratio=measured.bytes_ratio, scores=scores)
+            return row
         difference = interval = None
         if (ours := self._ours_at(measured.budget)) is not None and measured is not ours:
             theirs = self.shares(ours)
             difference = mean_share(ratios) - mean_share(theirs)
             interval = interval_of_difference(ratios, theirs, seed=self.seed, num_draws=self.num_draws)
-        return Row(
-            **place,
-            bytes_ratio=measured.bytes_ratio,
+        return replace(
+            row,
             kept=mean_share(ratios),
             interval=interval_of(ratios, seed=self.seed, num_draws=self.num_draws),
             by_variant={name: ratio.share for name, ratio in ratios.items()},
-            scores=scores,
             difference=difference,
             difference_interval=interval,
             is_better=interval is not None and interval.low > 0,

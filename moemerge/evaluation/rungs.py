@@ -54,7 +54,7 @@ def sizes_of(evidence: Evidence) -> Sizes:
 
 def pool_rungs(ladder: Ladder) -> list[Rung]:
     """Every code of a pool expert without residuals, the fewest bits first, plain at the end."""
-    return [Rung(code) for code in reversed(ladder.pool.values())]
+    return [Rung(code) for code in reversed(list(ladder.pool.values()))]
 
 
 def fill(pools: Pools, rungs: Sequence[Rung], sizes: Sizes, allowed_bytes: int) -> list[PlannedLayer]:
