@@ -1,5 +1,5 @@
-"""Quality: perplexity on text and accuracy on tasks, of checkpoints, bundles and baselines.
+"""Quality: what bundles and checkpoints score on text and tasks, and methods compared at equal bytes.
 
-Knows nothing of HTTP. For other rooms: `loading.load_model`,
-`loading.average_models`, `perplexity`, `tasks`, and `demo.run_demo`.
+Knows nothing of HTTP and terminals. For other rooms: `evaluating.evaluate`, `comparison.compare`,
+`selection` to open what they take, `curves.draw_curves`, and `demo.run_demo`.
 """

@@ -1,30 +1,6 @@
-"""Perplexity of a decoder-only model on text, in windows of tokens."""
+"""What log-likelihoods come to: perplexity, and the share of a gain that is left."""
 
 import math
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-TextLogits = Callable[[Tensor], Tensor]
-"""From token ids [B, T] to the logits [B, T, Vo] of what follows each, as `StandAlone.forward`."""
-
-_BATCH = 8
-
-
-def mean_nll(logits_of: TextLogits, windows: Sequence[Sequence[int]]) -> float:
-    """Mean negative log-likelihood in nats of every token but each window's first."""
-    total, count = 0.0, 0
-    for start in range(0, len(windows), _BATCH):
-        token_ids_BT = torch.tensor([list(window) for window in windows[start : start + _BATCH]])
-        logits_BTV = logits_of(token_ids_BT)[:, :-1].float()
-        targets_BT = token_ids_BT[:, 1:]
-        total += float(
-            functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
-        )
-        count += targets_BT.numel()
-    return total / count
 
 
 def perplexity(nll: float) -> float:

@@ -1,30 +1,9 @@
-"""Accuracy on text-to-text tasks: exact match of the answer."""
+"""Answers to text-to-text tasks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from moemerge.calibration.texts import TaskRow
 from moemerge.errors import UnsupportedCheckpoint
 from moemerge.models import EncoderDecoder, GrowingCache, StandAlone, build_batch
-
-Answer = Callable[[list[list[int]]], list[list[int]]]
-"""From prompts to answers, both as token ids; an answer ends before its stop id."""
-
-_BATCH = 32
-
-
-def exact_match(
-    answer: Answer,
-    rows: Sequence[TaskRow],
-    encode: Callable[[str], list[int]],
-    decode: Callable[[list[int]], str],
-) -> float:
-    """Share of rows whose answer equals the target, white space at the ends aside."""
-    right = 0
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
-        answers = answer([encode(row.input) for row in batch])
-        right += sum(decode(a).strip() == row.target.strip() for a, row in zip(answers, batch, strict=True))
-    return right / len(rows)
 
 
 def greedy_answers(

@@ -15,8 +15,8 @@ from moemerge.calibration.texts import Passage
 from moemerge.checkpoint.checkpoint import open_checkpoint
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.errors import DamagedInput, InvalidRecipe, NotEnoughRoom
-from moemerge.evaluation import perplexity
 from moemerge.evaluation.loading import load_model
+from moemerge.evaluation.reading import predict
 from moemerge.models import GrowingCache, build_batch
 from tests.factories import edit_tensors, write_checkpoint
 
@@ -166,7 +166,7 @@ def test_mean_over_windows_is_that_of_evaluation(tmp_path):
     windows = draw_passages("mixtral")
     nll = measure_nll(checkpoint, windows, CalibrationOptions())
     model = load_model(checkpoint)
-    expected = perplexity.mean_nll(model.forward, [passage.token_ids for passage in windows])
+    expected = mean_nll(predict(model, windows).nll(), windows)
     assert mean_nll(nll, windows) == pytest.approx(expected, rel=1e-5)
 
 

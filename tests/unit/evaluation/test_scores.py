@@ -1,16 +1,16 @@
-"""Perplexity and exact match of models in memory, against one text at a time."""
+"""Answers and averages of models in memory, and what log-likelihoods come to."""
 
 import pytest
 import torch
 
-from moemerge.calibration.texts import TaskRow, cut_windows, read_task
+from moemerge.calibration.texts import cut_windows, read_task
 from moemerge.checkpoint.checkpoint import open_checkpoint
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.errors import InvalidRecipe, UnsupportedCheckpoint
 from moemerge.evaluation.averaging import write_average
 from moemerge.evaluation.loading import load_model
-from moemerge.evaluation.perplexity import mean_nll
-from moemerge.evaluation.tasks import exact_match, greedy_answers
+from moemerge.evaluation.perplexity import gain_recovered, perplexity
+from moemerge.evaluation.tasks import greedy_answers
 from tests.factories import write_checkpoint
 
 PROMPTS = [[5, 9, 33, 12, 1], [60, 3, 1], [7] * 40 + [1]]
@@ -28,16 +28,6 @@ def decoder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     return load_model(open_family(tmp_path_factory.mktemp("pair"), "switch_transformers"))
-
-
-def test_mean_nll_is_that_of_every_token_but_the_first_of_each_window(decoder):
-    windows = cut_windows([(7 * i) % 60 for i in range(130)], 10, 12)
-    assert len(windows) == 12
-    losses = []
-    for window in windows:
-        logits = decoder.forward(torch.tensor([window]))[0]
-        losses += [-logits[i].log_softmax(dim=-1)[token] for i, token in enumerate(window[1:])]
-    assert mean_nll(decoder.forward, windows) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
 
 
 def test_an_average_of_one_is_the_checkpoint_and_of_two_is_neither(tmp_path):
@@ -67,24 +57,15 @@ def test_an_answer_ends_before_its_stop_id_and_the_others_go_on(pair):
     assert greedy_answers(pair, PROMPTS, frozenset(), max_tokens=2) == [answer[:2] for answer in whole]
 
 
-def test_exact_match_is_the_share_of_equal_answers():
-    rows = [TaskRow(str(i), str(i % 3)) for i in range(70)]
-    asked = []
-
-    def answer(prompts):
-        asked.append(len(prompts))
-        return [[0] for _ in prompts]
-
-    score = exact_match(answer, rows, encode=lambda text: [int(text)], decode=lambda ids: f" {ids[0]}\n")
-    assert score == pytest.approx(24 / 70)
-    assert sum(asked) == 70
-
-
-def test_each_measure_refuses_the_other_kind_of_model(decoder, pair):
-    with pytest.raises(UnsupportedCheckpoint, match="decoder-only"):
-        mean_nll(pair.forward, [[5, 6, 7]])
+def test_answers_of_a_decoder_are_refused(decoder):
     with pytest.raises(UnsupportedCheckpoint, match="encoder-decoder"):
         greedy_answers(decoder, PROMPTS, frozenset())
+
+
+def test_gain_recovered_is_none_where_nothing_was_gained():
+    assert gain_recovered(3.0, 2.0, 2.25) == 0.75
+    assert gain_recovered(2.0, 2.0, 2.0) is None
+    assert perplexity(0.0) == 1.0
 
 
 def test_text_shorter_than_a_window_and_broken_rows_are_refused(tmp_path):
