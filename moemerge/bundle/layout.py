@@ -44,6 +44,11 @@ def side_file(variant: str, name: str) -> str:
     return f"variants/{variant}/{name}"
 
 
+def joining_file(variant: str) -> str:
+    """Decisions about a variant that joined the bundle."""
+    return f"reports/joining-{variant}.json"
+
+
 def licence_file(variant: str, name: str) -> str:
     """Place of a variant's licence text."""
     return f"LICENSES/{variant}-{name}"

@@ -196,14 +196,33 @@ class VariantEntry(_Entry):
         return codes[slot] if codes else None
 
 
+class Change(_Entry):
+    """A variant that joined a bundle, or left it.
+
+    Attributes:
+        action: Which of both.
+        variant: Its name.
+        budget: What it might add.
+        evidence: What decided; a calibration, noise, or nothing.
+        moemerge: Version that did it.
+    """
+
+    action: Literal["add", "remove"]
+    variant: VariantName
+    budget: str | None = None
+    evidence: str | None = None
+    moemerge: str
+
+
 class Provenance(_Entry):
-    """How the bundle was made."""
+    """How the bundle was made; `changes` in the order in which they were made since."""
 
     policy: str
     budget: str
     within: bool
     base: str | None
     moemerge: str
+    changes: list[Change] = Field(default_factory=list)
 
 
 class Manifest(_Header):

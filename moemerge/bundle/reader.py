@@ -93,6 +93,11 @@ class Bundle:
         self._refuse_unknown(stored, file)
         return found
 
+    def residual_bytes(self, variant: str) -> int:
+        """Bytes of all residuals of a variant."""
+        layers = [self.residuals(variant, index) for index in self.variant(variant).residual_layers]
+        return sum(matrix.nbytes for slots in layers for parts in slots if parts for matrix in parts.values())
+
     def tensors(self, variant: str) -> dict[str, StoredTensor]:
         """Places of a variant's non-expert tensors by role.
 
@@ -152,6 +157,14 @@ class Bundle:
             else None
             for parts in stored
         ]
+
+    def stored(self, file: str, name: str) -> StoredTensor:
+        """A tensor of one of the bundle's files.
+
+        Raises:
+            DamagedBundle: The file does not hold it.
+        """
+        return self._find(self._headers[file], file, name)
 
     def stored_names(self, file: str) -> set[str]:
         """Names of all tensors in one of the bundle's files."""

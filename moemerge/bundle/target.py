@@ -129,4 +129,9 @@ def make_work_folder(folder: Path) -> None:
             raise InvalidRecipe(f"{folder} is in the way and was not made by moemerge; move it elsewhere")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    mark_work_folder(folder)
+
+
+def mark_work_folder(folder: Path) -> None:
+    """Say that a folder is ours and may be removed."""
     (folder / _MARK).touch()

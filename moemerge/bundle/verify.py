@@ -12,7 +12,7 @@ from moemerge.errors import DamagedBundle, DamagedInput, Finding, MoemergeError,
 from moemerge.progress import Progress, Silent
 
 # What hubs and git keep beside a repository's own files.
-_NOT_OURS = {".cache", ".git", ".gitattributes", ".gitignore"}
+NOT_OURS = {".cache", ".git", ".gitattributes", ".gitignore"}
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
@@ -60,7 +60,7 @@ def check_hashes(folder: Path, progress: Progress) -> list[Finding]:
         return [_damaged("CHECKSUMS", str(path), "is not in the form that was written")]
     present = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if not p.is_dir()}
     present.pop(CHECKSUMS)
-    present = {name: path for name, path in present.items() if name.split("/")[0] not in _NOT_OURS}
+    present = {name: path for name, path in present.items() if name.split("/")[0] not in NOT_OURS}
     findings = [
         _damaged("FILE_MISSING", name, "is missing") for name in sorted(listed.keys() - present.keys())
     ]
@@ -117,7 +117,7 @@ def check_ledger(bundle: Bundle) -> list[Finding]:
         findings.append(
             _damaged("POOL_BYTES", MANIFEST, f"pool_bytes is {bundle.manifest.pool_bytes}", str(pool_bytes))
         )
-    residual_bytes = sum(_residual_bytes(bundle, name) for name in bundle.manifest.variants)
+    residual_bytes = sum(map(bundle.residual_bytes, bundle.manifest.variants))
     if residual_bytes != bundle.manifest.residual_bytes:
         found = f"residual_bytes is {bundle.manifest.residual_bytes}"
         findings.append(_damaged("RESIDUAL_BYTES", MANIFEST, found, str(residual_bytes)))
@@ -133,11 +133,6 @@ def check_ledger(bundle: Bundle) -> list[Finding]:
     findings += _unclaimed(bundle, used)
     findings += _unused_residuals(bundle)
     return findings
-
-
-def _residual_bytes(bundle: Bundle, variant: str) -> int:
-    layers = [bundle.residuals(variant, index) for index in bundle.variant(variant).residual_layers]
-    return sum(matrix.nbytes for slots in layers for parts in slots if parts for matrix in parts.values())
 
 
 def _unused_residuals(bundle: Bundle) -> list[Finding]:

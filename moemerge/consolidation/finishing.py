@@ -60,7 +60,7 @@ def finish(
         digests |= write_bytes(staging.folder, name, text.encode())
     entries = {}
     for name, checkpoint in variants.variants.items():
-        files, written = _write_side_files(name, checkpoint, staging.folder, digests)
+        files, written = write_side_files(name, checkpoint, staging.folder, digests)
         digests |= written
         entry = _variant_entry(name, checkpoint, plan, errors)
         entries[name] = entry.model_copy(
@@ -80,7 +80,7 @@ def finish(
     return manifest
 
 
-def _write_side_files(
+def write_side_files(
     name: str, checkpoint: Checkpoint, folder: Path, digests: dict[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Copy side files; returns bundle path by original name, and digests of what was written.

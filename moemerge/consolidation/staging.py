@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moemerge.bundle.replacing import replace_folder
 from moemerge.bundle.target import check_target, locked, make_work_folder, staging_folder, writing
 from moemerge.checkpoint.digest import hash_file
 from moemerge.errors import DamagedInput, IncompatibleInputs, InvalidRecipe
@@ -64,15 +65,24 @@ class Staging:
         """SHA-256 of every file of finished steps."""
         return {name: digest for record in self._steps.values() for name, digest in record["files"].items()}
 
-    def publish(self, target: Path, keep: set[str]) -> None:
-        """Drop everything but `keep` (paths relative to the folder) and rename to the target."""
+    def publish(self, target: Path, keep: set[str], *, replaces: bool = False) -> None:
+        """Drop everything but `keep` (paths relative to the folder) and rename to the target.
+
+        Args:
+            target: Where it appears.
+            keep: What is to be there.
+            replaces: Whether a folder is there, which disappears.
+        """
         for path in sorted(self.folder.rglob("*"), reverse=True):
             if path.is_dir():
                 if not any(path.iterdir()):
                     path.rmdir()
             elif path.relative_to(self.folder).as_posix() not in keep:
                 path.unlink()
-        self.folder.replace(target)
+        if replaces:
+            replace_folder(self.folder, target)
+        else:
+            self.folder.replace(target)
 
     def _read_journal(self, task: str) -> dict[str, dict[str, Any]]:
         lines = self._whole_lines()
@@ -113,13 +123,16 @@ def is_published(name: str) -> bool:
 
 
 @contextmanager
-def open_staging(target: Path, task: str, *, restart: bool = False) -> Iterator[Staging]:
+def open_staging(
+    target: Path, task: str, *, restart: bool = False, replaces: bool = False
+) -> Iterator[Staging]:
     """The staging folder beside `target`, locked.
 
     Args:
         target: What will appear.
         task: Identifies the work; a folder left by other work is discarded.
         restart: Discard what is there.
+        replaces: Whether the target exists and will be replaced.
 
     Raises:
         Busy: Another process works on the same target.
@@ -128,7 +141,8 @@ def open_staging(target: Path, task: str, *, restart: bool = False) -> Iterator[
     """
     folder = staging_folder(target)
     with writing(target), locked(target):
-        check_target(target)
+        if not replaces:
+            check_target(target)
         if restart:
             make_work_folder(folder)
         try:
