@@ -1,12 +1,14 @@
 """Answers and averages of models in memory, and what log-likelihoods come to."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from moemerge.calibration.texts import cut_windows, read_task
 from moemerge.checkpoint.checkpoint import open_checkpoint
 from moemerge.checkpoint.repository import LocalFolder
-from moemerge.errors import InvalidRecipe, UnsupportedCheckpoint
+from moemerge.errors import InvalidRecipe, NotEnoughRoom, UnsupportedCheckpoint
 from moemerge.evaluation.averaging import write_average
 from moemerge.evaluation.loading import load_model
 from moemerge.evaluation.perplexity import gain_recovered, perplexity
@@ -40,6 +42,14 @@ def test_an_average_of_one_is_the_checkpoint_and_of_two_is_neither(tmp_path):
     assert torch.equal(logits[0], load_model(one).forward(tokens))
     assert not torch.allclose(logits[1], logits[0], atol=0.01)
     assert not torch.allclose(logits[1], logits[2], atol=0.01)
+
+
+def test_a_model_larger_than_memory_is_refused(tmp_path, monkeypatch):
+    checkpoint = open_family(tmp_path / "model", "mixtral")
+    free = SimpleNamespace(available=100_000)
+    monkeypatch.setattr("moemerge.evaluation.loading.psutil.virtual_memory", lambda: free)
+    with pytest.raises(NotEnoughRoom, match=r"of memory in float32, 100\.0 kB are free"):
+        load_model(checkpoint)
 
 
 def test_answers_of_a_batch_are_those_of_each_prompt_alone(pair):
