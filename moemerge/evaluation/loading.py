@@ -40,6 +40,6 @@ def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         raise NotEnoughRoom(
-            f"{checkpoint.label}: takes {format_size(needed)} of memory in {str(dtype).removeprefix('torch.')}, "
-            f"{format_size(free)} are free. Compute in a smaller dtype, or on a larger machine"
+            f"{checkpoint.label}: takes {format_size(needed)} of memory in "
+            f"{str(dtype).removeprefix('torch.')}, {format_size(free)} are free. Compute in a smaller dtype, or on a larger machine"
         )
