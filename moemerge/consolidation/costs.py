@@ -1,22 +1,25 @@
 """What every choice for a slot costs, measured on calibration inputs.
 
 Damage of a variant is the gated replacement error of its experts over the energy of its layer's output.
-Sharing is measured for every slot and every cluster that may share. What codes add is measured in full for
-a sample of a layer's slots, as a multiple of the error of plain rounding to four bits, which is measured
-for every expert: the multiples hardly differ within a layer, and encoding every expert in every code
-would cost more than the merge.
+Sharing is measured for every slot and every cluster that may share. What codes add is measured for a few
+experts of a layer, as a multiple of the error of plain rounding to four bits, which is measured for every
+expert: the multiples hardly differ within a layer, and encoding every expert in every code would cost more
+than the merge. Codes that differ in bits alone follow from one of them: a bit more quarters the damage, as
+it does for any fine quantiser (Gersho and Gray 1992, Vector quantization, 5.6).
 
 Shapes: S inputs, D model width.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moemerge.bundle.manifest import CodeSpec
 from moemerge.consolidation.allocation import ClusterCosts, SlotCosts
-from moemerge.consolidation.codes.moments import add_moments
+from moemerge.consolidation.codes.moments import add_part_moments
 from moemerge.consolidation.codes.rounding import round_nearest
 from moemerge.consolidation.forward import replacement_error
 from moemerge.consolidation.ladder import (
@@ -32,6 +35,10 @@ from moemerge.consolidation.operators import OPERATORS, Cluster, Member
 from moemerge.models.packed import PackedMatrix
 
 _PROBE_BITS, _PROBE_GROUP = 4, 64
+_RACE_INPUTS = 128
+# Codes from which those of other bits follow.
+_MEASURED_POOL_BITS = (4, 8)
+_MEASURED_RESIDUAL_BITS = (1, 2)
 _TINY = 1e-30
 
 Members = tuple[int, ...]
@@ -62,12 +69,11 @@ class Slot:
         """Some of the variants' experts, to be merged."""
         return Cluster([self.members[number] for number in numbers], self.base, self.seed)
 
-    def damage(self, number: int, parts: Parts) -> float:
-        """Damage of a variant when these parts stand for its expert."""
-        judge = self.judges[number]
-        error = replacement_error(
-            parts, judge.activation, judge.inputs_SD, judge.gates_S, judge.own.output_SD
-        )
+    def damage(self, number: int, parts: Parts, num_inputs: int | None = None) -> float:
+        """Damage of a variant when these parts stand for its expert, on all inputs or on the first ones."""
+        judge, some = self.judges[number], slice(num_inputs)
+        inputs_SD, gates_S = judge.inputs_SD[some], judge.gates_S[some]
+        error = replacement_error(parts, judge.activation, inputs_SD, gates_S, judge.own.output_SD[some])
         return self.factors[number] * error
 
 
@@ -91,71 +97,74 @@ class Factors:
     Attributes:
         own: By pool code: damage of an expert alone in it over damage of plain rounding to four bits.
         pool: The same for a shared pool expert: what the code adds to sharing.
-        residual: By pool code and residual code: what is left of the damage without a residual.
+        of_sharing: By residual code, what it leaves of the damage of sharing.
+        of_rounding: What it leaves of the damage that the pool expert's code adds.
     """
 
     own: Mapping[str, float]
     pool: Mapping[str, float]
-    residual: Mapping[tuple[str, str], float]
+    of_sharing: Mapping[str, float]
+    of_rounding: Mapping[str, float]
 
 
 def race(slot: Slot, numbers: Members, operators: Iterable[str]) -> Shared:
-    """The operator whose pool expert does the least damage to the cluster."""
+    """The operator whose pool expert does the least damage to the cluster, on a part of its inputs."""
     cluster = slot.cluster(numbers)
-    found = []
+    least = math.inf
     for name in operators:
         parts = OPERATORS[name].make(cluster)
-        damage = {number: slot.damage(number, parts) for number in numbers}
-        found.append(Shared(name, damage))
-    return min(found, key=lambda shared: sum(shared.damage[n] * slot.members[n].weight for n in numbers))
+        damage = sum(slot.members[n].weight * slot.damage(n, parts, _RACE_INPUTS) for n in numbers)
+        if damage < least:
+            least, winner, best = damage, name, parts
+    return Shared(winner, {n: slot.damage(n, best) for n in numbers})
 
 
 def probe(slot: Slot, number: int) -> float:
     """Damage of a variant when its expert is plainly rounded to four bits."""
     parts = slot.members[number].matrices
-    rounded = {part: round_nearest(m, _PROBE_BITS, _PROBE_GROUP).dense() for part, m in parts.items()}
+    rounded = {
+        part: round_nearest(matrix, _PROBE_BITS, _PROBE_GROUP, search=False).dense()
+        for part, matrix in parts.items()
+    }
     return slot.damage(number, rounded)
 
 
 def measure_factors(slots: Sequence[Slot], ladder: Ladder, operator: str = "mean") -> Factors:
-    """What codes do, measured in full on some slots of a layer."""
-    own: dict[str, list[float]] = {}
-    pool: dict[str, list[float]] = {}
-    residual: dict[tuple[str, str], list[float]] = {}
-    for slot in slots:
-        probes = [max(probe(slot, number), _TINY) for number in range(len(slot.members))]
-        for name, code in ladder.pool.items():
-            if code is not None:
-                for number, member in enumerate(slot.members):
-                    coded = _dense(encode(member.matrices, code, member.moments))
-                    own.setdefault(name, []).append(slot.damage(number, coded) / probes[number])
+    """What codes do, measured on some slots of a layer, each time on one of their experts in turn."""
+    seen = _Seen()
+    for turn, slot in enumerate(slots):
+        number = turn % len(slot.members)
+        _measure_own(slot, number, ladder, seen)
         if len(slot.members) > 1:
-            _measure_shared(slot, probes, ladder, operator, pool, residual)
+            _measure_shared(slot, number, ladder, operator, seen)
     return Factors(
-        {PLAIN: 0.0, **{name: statistics.median(values) for name, values in own.items()}},
-        {PLAIN: 0.0, **{name: max(0.0, statistics.median(values)) for name, values in pool.items()}},
-        {names: min(1.0, statistics.median(values)) for names, values in residual.items()},
+        {PLAIN: 0.0, **_filled(seen.own, ladder.pool)},
+        {PLAIN: 0.0, **_filled(seen.pool, ladder.pool)},
+        _filled(seen.of_sharing, ladder.residuals),
+        _filled(seen.of_rounding, ladder.residuals),
     )
 
 
-def residual_shares(slot: Slot, number: int, stored: Parts, ladder: Ladder) -> dict[str, float]:
+def residual_shares(
+    slot: Slot, number: int, stored: Parts, residuals: Mapping[str, CodeSpec | None]
+) -> dict[str, float]:
     """By residual code, what is left of the damage that a pool expert does to a member.
 
     Args:
         slot: Of the member.
         number: Its place in the slot.
         stored: The pool expert as stored, float32.
-        ladder: The codes.
+        residuals: The codes; one that is None leaves everything and is not told.
     """
     member, whole = slot.members[number], slot.damage(number, stored)
     missing = {part: member.matrices[part] - matrix for part, matrix in stored.items()}
+    measured = _measured(residuals, _MEASURED_RESIDUAL_BITS)
     shares = {}
-    for name, code in ladder.residuals.items():
-        if code is not None:
-            added = encode_residual(missing, code, member.moments)
-            repaired = {part: matrix + added[part].dense() for part, matrix in stored.items()}
-            shares[name] = slot.damage(number, repaired) / max(whole, _TINY)
-    return shares
+    for name, code in measured.items():
+        added = encode_residual(missing, code, member.moments)
+        repaired = {part: matrix + added[part].dense() for part, matrix in stored.items()}
+        shares[name] = [min(1.0, slot.damage(number, repaired) / max(whole, _TINY))]
+    return _filled(shares, residuals)
 
 
 def slot_costs(
@@ -201,33 +210,79 @@ def _shared_damage(
 ) -> dict[tuple[str, str], float]:
     damage = {}
     for pool in ladder.pool:
-        whole = sharing + factors.pool[pool] * probed
-        for residual in ladder.residuals:
-            left = 1.0 if residual == NONE else factors.residual[pool, residual]
-            damage[pool, residual] = whole * left
+        rounding = factors.pool[pool] * probed
+        damage[pool, NONE] = sharing + rounding
+        for residual, left in factors.of_sharing.items():
+            damage[pool, residual] = left * sharing + factors.of_rounding[residual] * rounding
     return damage
 
 
-def _measure_shared(
-    slot: Slot,
-    probes: Sequence[float],
-    ladder: Ladder,
-    operator: str,
-    pool: dict[str, list[float]],
-    residual: dict[tuple[str, str], list[float]],
-) -> None:
-    everyone = tuple(range(len(slot.members)))
-    centre = OPERATORS[operator].make(slot.cluster(everyone))
-    moments = {part: add_moments([member.moments[part] for member in slot.members]) for part in centre}
-    sharing = [slot.damage(number, centre) for number in everyone]
-    for name, code in ladder.pool.items():
-        coded = centre if code is None else _dense(encode(centre, code, moments))
-        for number in everyone:
-            whole = slot.damage(number, coded)
-            if code is not None:
-                pool.setdefault(name, []).append((whole - sharing[number]) / probes[number])
-            for residual_name, left in residual_shares(slot, number, coded, ladder).items():
-                residual.setdefault((name, residual_name), []).append(left)
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Every measurement, by code, before medians are taken; see `Factors`."""
+
+    own: dict[str, list[float]] = field(default_factory=dict)
+    pool: dict[str, list[float]] = field(default_factory=dict)
+    of_sharing: dict[str, list[float]] = field(default_factory=dict)
+    of_rounding: dict[str, list[float]] = field(default_factory=dict)
+
+
+def _measure_own(slot: Slot, number: int, ladder: Ladder, seen: _Seen) -> None:
+    member, probed = slot.members[number], max(probe(slot, number), _TINY)
+    for name, code in _measured(ladder.pool, _MEASURED_POOL_BITS).items():
+        coded = _dense(encode(member.matrices, code, member.moments))
+        seen.own.setdefault(name, []).append(slot.damage(number, coded) / probed)
+
+
+def _measure_shared(slot: Slot, number: int, ladder: Ladder, operator: str, seen: _Seen) -> None:
+    centre = OPERATORS[operator].make(slot.cluster(tuple(range(len(slot.members)))))
+    moments = add_part_moments([member.moments for member in slot.members])
+    sharing, probed = slot.damage(number, centre), max(probe(slot, number), _TINY)
+    coarsest, rounding = centre, 0.0
+    for name, code in _measured(ladder.pool, _MEASURED_POOL_BITS).items():
+        coded = _dense(encode(centre, code, moments))
+        added = max(0.0, slot.damage(number, coded) - sharing)
+        seen.pool.setdefault(name, []).append(added / probed)
+        if added >= rounding:
+            coarsest, rounding = coded, added
+    of_sharing = residual_shares(slot, number, centre, ladder.residuals)
+    of_both = residual_shares(slot, number, coarsest, ladder.residuals)
+    for name, left in of_sharing.items():
+        seen.of_sharing.setdefault(name, []).append(left)
+        of_rounding = (of_both[name] * (sharing + rounding) - left * sharing) / max(rounding, _TINY)
+        seen.of_rounding.setdefault(name, []).append(min(1.0, max(0.0, of_rounding)))
+
+
+def _measured(codes: Mapping[str, CodeSpec | None], bits: Sequence[int]) -> dict[str, CodeSpec]:
+    """The codes that others follow from."""
+    return {
+        name: code
+        for name, code in codes.items()
+        if code is not None and (code.kind != "bits" or code.bits in bits)
+    }
+
+
+def _filled(seen: Mapping[str, Sequence[float]], codes: Mapping[str, CodeSpec | None]) -> dict[str, float]:
+    """Medians of what was measured, and what follows for codes that were not; empty when nothing was."""
+    found = {name: statistics.median(values) for name, values in seen.items()}
+    for name, code in codes.items():
+        if code is None or name in found or not seen:
+            continue
+        nearest = min(
+            (other for other in seen if _differ_in_bits(codes[other], code)),
+            key=lambda other: abs(_bits(codes[other]) - code.bits),
+        )
+        found[name] = found[nearest] * 4.0 ** (_bits(codes[nearest]) - code.bits)
+    return {name: found[name] for name in codes if name in found}
+
+
+def _differ_in_bits(one: CodeSpec | None, other: CodeSpec) -> bool:
+    return one is not None and (one.kind, one.group) == (other.kind, other.group)
+
+
+def _bits(code: CodeSpec | None) -> int:
+    assert code is not None
+    return code.bits
 
 
 def _dense(coded: Mapping[str, PackedMatrix]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moemerge.bundle.manifest import CodeSpec
 from moemerge.checkpoint.writer import TensorToWrite, memory_tensor
-from moemerge.consolidation.codes.moments import add_moments
+from moemerge.consolidation.codes.moments import add_part_moments
 from moemerge.consolidation.evidence import Evidence, Ref, inputs_of
 from moemerge.consolidation.ladder import encode, encode_residual
 from moemerge.consolidation.operators import OPERATORS, Cluster, Member
@@ -48,7 +48,7 @@ def encode_expert(evidence: Evidence, layer: PlannedLayer, planned: PlannedExper
     if planned.code is None:
         parts = {part: matrix.to(dtype) for part, matrix in merged.items()}
     else:
-        moments = {part: add_moments([members[r].moments[part] for r in different]) for part in merged}
+        moments = add_part_moments([members[ref].moments for ref in different])
         parts = dict(encode(merged, planned.code, moments))
     residuals: dict[Ref, Mapping[str, Residual]] = {}
     errors = {}

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from moemerge.calibration.statistics import LayerStatistics, SlotStatistics
@@ -33,7 +33,7 @@ from moemerge.consolidation.operators import RACED, Member
 from moemerge.models import Activation
 from moemerge.similarity.matrices import LayerSimilarity
 
-_FULLY_MEASURED = 2
+_FULLY_MEASURED = 1
 """Slots of a layer, the most used ones, on which codes are measured in full."""
 
 _LEAST_TOKENS = 16
@@ -82,20 +82,24 @@ class LayerRecord(BaseModel):
     """What was measured of a layer.
 
     Attributes:
-        own, pool, residual: See `costs.Factors`; keys of `residual` are two names with a colon between.
+        own, pool, of_sharing, of_rounding: See `costs.Factors`.
+        tokens: By variant, how many tokens were measured on.
+        routed: By variant and slot, how many of them the router sent there.
     """
 
     model_config = ConfigDict(frozen=True)
     index: int
     own: dict[str, float]
     pool: dict[str, float]
-    residual: dict[str, float]
+    of_sharing: dict[str, float]
+    of_rounding: dict[str, float]
     slots: list[SlotRecord]
+    tokens: dict[str, int] = Field(default_factory=dict)
+    routed: dict[str, list[int]] = Field(default_factory=dict)
 
     def factors(self) -> Factors:
         """What codes do in the layer."""
-        residual = {(p, r): value for key, value in self.residual.items() for p, r in [key.split(":")]}
-        return Factors(self.own, self.pool, residual)
+        return Factors(self.own, self.pool, self.of_sharing, self.of_rounding)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,19 +173,21 @@ class Evidence:
                 )
             )
             advance(sum(t.nbytes for refs in owners for t in self.stored(similarity.layer, refs[0]).values()))
-        residual = {f"{pool}:{name}": value for (pool, name), value in factors.residual.items()}
         return LayerRecord(
             index=similarity.layer,
             own=dict(factors.own),
             pool=dict(factors.pool),
-            residual=residual,
+            of_sharing=dict(factors.of_sharing),
+            of_rounding=dict(factors.of_rounding),
             slots=records,
+            tokens={name: seen.num_tokens for name, seen in statistics.items()},
+            routed={name: [slot.count for slot in seen.slots] for name, seen in statistics.items()},
         )
 
     def slot(
         self, similarity: LayerSimilarity, owners: list[list[Ref]], statistics: Mapping[str, LayerStatistics]
     ) -> Slot:
-        """The experts of a slot with half of their inputs to decide on, and half to judge by."""
+        """The experts of a slot with half of their inputs to decide on, and a quarter to judge by."""
         found = [self.halves(similarity.layer, refs, statistics) for refs in owners]
         members, judges, factors = zip(*found, strict=True)
         base = self.base_parts(similarity.layer, owners[0][0][1])
@@ -196,7 +202,10 @@ class Evidence:
         energy = sum(statistics[name].output_square_sum for name, _ in refs) or 1.0
         factor = sum(one.count for one in found) / energy
         member = self.member(parts, found, slice(0, None, 2))
-        return replace(member, weight=factor), self.member(parts, found, slice(1, None, 2)), factor
+        # Values in float32 are made once for both.
+        judge = self.member(member.matrices, found, slice(1, None, 4))
+        member = replace(member, parts=member.matrices, weight=factor)
+        return member, judge, factor
 
     def base_parts(self, layer_index: int, slot: int) -> dict[str, Tensor] | None:
         """The base's expert in a slot, when there is a base."""

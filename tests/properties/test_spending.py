@@ -51,12 +51,17 @@ def slots(draw):
 @st.composite
 def records(draw):
     one = st.fixed_dictionaries({name: st.floats(0, 5) for name in LADDER.pool})
-    residual = {
-        f"{p}:{r}": draw(st.floats(0, 1)) for p in LADDER.pool for r in LADDER.residuals if r != "none"
-    }
+    left = st.fixed_dictionaries({name: st.floats(0, 1) for name in LADDER.residuals if name != "none"})
     layer = draw(st.lists(slots(), min_size=1, max_size=3))
     own, pool = ({**draw(one), "plain": 0.0} for _ in range(2))
-    return LayerRecord(index=draw(st.integers(0, 3)), own=own, pool=pool, residual=residual, slots=layer)
+    return LayerRecord(
+        index=draw(st.integers(0, 3)),
+        own=own,
+        pool=pool,
+        of_sharing=draw(left),
+        of_rounding=draw(left),
+        slots=layer,
+    )
 
 
 @settings(max_examples=40)

@@ -50,5 +50,5 @@ OPERATORS = {
     "dare": Operator(dare, needs_base=True),
     "base": Operator(base, needs_base=True),
 }
-RACED = ("mean", "saliency_mean", "regmean", "refit")
-"""Those that compete for every cluster by default."""
+RACED = ("mean", "regmean", "refit")
+"""Those that compete for every cluster by default; others won too rarely to be worth their time."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moemerge.consolidation.codes.moments import Moment, moment_of_matrix, moment_of_rows
 from moemerge.consolidation.forward import ExpertPass, run_expert
+from moemerge.consolidation.operators.regression import regression_mean, weighted
 from moemerge.models import Activation
 
 
@@ -58,8 +59,13 @@ class Member:
                 moments[id(inputs)] = moment_of_rows(inputs, weights_S)
         return {part: moments[id(inputs)] for part, inputs in self.own.inputs.items()}
 
+    @cached_property
+    def products(self) -> dict[str, Tensor]:
+        """Every part times the moment of its inputs."""
+        return {part: weighted(self.matrices[part], moment) for part, moment in self.moments.items()}
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Cluster:
     """Experts that are to share one pool expert.
 
@@ -81,6 +87,18 @@ class Cluster:
     def stack(self, part: str) -> list[Tensor]:
         """A matrix of every member, float32."""
         return [member.matrices[part] for member in self.members]
+
+    @cached_property
+    def regression_means(self) -> dict[str, Tensor]:
+        """By part; see `operators.regmean`."""
+        return {
+            part: regression_mean(
+                self.stack(part),
+                [member.products[part] for member in self.members],
+                [member.moments[part] for member in self.members],
+            )
+            for part in self.parts
+        }
 
     def deltas(self, part: str) -> tuple[Tensor, list[Tensor]]:
         """The base's matrix, and what every member adds to it, float32."""

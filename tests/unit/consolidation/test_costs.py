@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from moemerge.consolidation.codes.moments import add_part_moments
 from moemerge.consolidation.costs import Factors, Shared, Slot, measure_factors, probe, race, slot_costs
-from moemerge.consolidation.ladder import code_size, ladder_of
+from moemerge.consolidation.ladder import code_size, encode, encode_residual, ladder_of
 from moemerge.consolidation.operators import OPERATORS, RACED, Member
 from moemerge.models import Activation
 
@@ -46,7 +47,8 @@ def factors():
 
 def test_every_code_has_its_factors(factors):
     assert factors.own.keys() == factors.pool.keys() == LADDER.pool.keys()
-    assert factors.residual.keys() == {(p, r) for p in LADDER.pool for r in LADDER.residuals if r != "none"}
+    residuals = [name for name in LADDER.residuals if name != "none"]
+    assert list(factors.of_sharing) == list(factors.of_rounding) == residuals
     assert factors.own["plain"] == factors.pool["plain"] == 0
 
 
@@ -54,10 +56,25 @@ def test_fewer_bits_cost_more(factors):
     codes = ["plain", "8-bit", "6-bit", "5-bit", "4-bit", "3-bit"]
     for found in (factors.own, factors.pool):
         assert [found[name] for name in codes] == sorted(found.values())
-    for pool in LADDER.pool:
-        left = [factors.residual[pool, f"{bits}-bit"] for bits in (1, 2, 3, 4)]
+    for found in (factors.of_sharing, factors.of_rounding):
+        left = [found[f"{bits}-bit"] for bits in (1, 2, 3, 4)]
         assert left == sorted(left, reverse=True)
         assert left[0] < 1
+
+
+@pytest.mark.parametrize(("pool", "residual"), [("5-bit", "1-bit"), ("3-bit", "3-bit"), ("6-bit", "rank-4")])
+def test_damage_is_foretold_for_codes_that_were_not_measured(factors, pool, residual):
+    given = slot()
+    centre = OPERATORS["mean"].make(given.cluster((0, 1)))
+    sums = add_part_moments([one.moments for one in given.members])
+    stored = {p: m.dense() for p, m in encode(centre, LADDER.pool[pool], sums).items()}
+    missing = {part: given.members[0].matrices[part] - stored[part] for part in stored}
+    added = encode_residual(missing, LADDER.residuals[residual], given.members[0].moments)
+    measured = given.damage(0, {part: stored[part] + added[part].dense() for part in stored})
+    shared = {(0, 1): Shared("mean", {n: given.damage(n, centre) for n in (0, 1)})}
+    probes = [probe(given, n) for n in (0, 1)]
+    costs = slot_costs([[(0, 1)]], shared, probes, [1, 1], factors, LADDER, SHAPES, PLAIN_BYTES)
+    assert costs.partitions[0][0].damage[0][pool, residual] == pytest.approx(measured, rel=0.5)
 
 
 def test_feedback_makes_four_bits_cheaper_than_plain_rounding(factors):
@@ -65,7 +82,7 @@ def test_feedback_makes_four_bits_cheaper_than_plain_rounding(factors):
 
 
 def test_race_is_won_by_the_operator_of_least_damage():
-    given = slot(3)
+    given = slot(3, rows=100)
     found = race(given, (0, 2), RACED)
     sums = {
         name: sum(given.damage(n, OPERATORS[name].make(given.cluster((0, 2)))) for n in (0, 2))
@@ -103,7 +120,8 @@ def test_costs_of_a_slot_are_put_together_from_what_was_measured():
     factors = Factors(
         dict.fromkeys(LADDER.pool, 0.5),
         dict.fromkeys(LADDER.pool, 0.25),
-        {(p, r): 0.1 for p in LADDER.pool for r in LADDER.residuals if r != "none"},
+        {name: 0.1 for name in LADDER.residuals if name != "none"},
+        {name: 0.2 for name in LADDER.residuals if name != "none"},
     )
     shared = {(0, 1): Shared("mean", {0: 3.0, 1: 5.0})}
     found = slot_costs(
@@ -118,4 +136,4 @@ def test_costs_of_a_slot_are_put_together_from_what_was_measured():
     assert both.residual_bytes["none"] == 0
     assert both.copies == {0: 1, 1: 3}
     assert both.damage[1]["4-bit", "none"] == 5.5
-    assert both.damage[1]["4-bit", "2-bit"] == pytest.approx(0.55)
+    assert both.damage[1]["4-bit", "2-bit"] == pytest.approx(0.1 * 5 + 0.2 * 0.5)

@@ -5,7 +5,7 @@ import pytest
 from moemerge.consolidation import spending
 from moemerge.consolidation.evidence import LayerRecord, SlotRecord
 from moemerge.consolidation.ladder import code_size, ladder_of
-from moemerge.consolidation.spending import Prices, predicted_loss, spend, super_experts
+from moemerge.consolidation.spending import Prices, predicted_loss, spend, super_experts, trade_off
 
 SHAPES = {"gate": (64, 64), "up": (64, 64), "down": (64, 64)}
 PLAIN_BYTES = 2 * 3 * 64 * 64
@@ -39,8 +39,7 @@ def twins_record(slot=0, shared=0.003, probe=1e-3):
 
 
 def layer_record(slots, index=0):
-    residual = {f"{pool}:{name}": left for pool in CODED for name, left in LEFT.items()}
-    return LayerRecord(index=index, own=CODED, pool=CODED, residual=residual, slots=slots)
+    return LayerRecord(index=index, own=CODED, pool=CODED, of_sharing=LEFT, of_rounding=LEFT, slots=slots)
 
 
 def layers(count=2, **options):
@@ -154,3 +153,26 @@ def test_experts_of_about_one_size_hold_no_super_expert():
     sizes = [(1.0 + number, 2.0, 20.0) for number in range(SLOTS)]
     records = [layer_record([slot_record(slot, largest=size) for slot, size in enumerate(sizes)])]
     assert super_experts(records, NAMES) == set()
+
+
+@pytest.mark.parametrize("records", [layers(), [layer_record([twins_record(slot) for slot in range(3)])]])
+def test_trade_off_goes_from_the_fewest_bytes_to_all_that_helps(records):
+    points = trade_off(records, NAMES, prices(a=2.0))
+    sizes = [size for size, _ in points]
+    sums = [sum(loss.values()) for _, loss in points]
+    assert sizes == sorted(set(sizes))
+    assert sums == sorted(sums, reverse=True)
+    least, most = (spend(records, NAMES, allowed, prices(a=2.0)) for allowed in (0, None))
+    assert [sizes[0], sizes[-1]] == [least.num_bytes, most.num_bytes]
+    for (_, loss), bought in zip((points[0], points[-1]), (least, most), strict=True):
+        for name in NAMES:
+            expected = predicted_loss(bought, name, prices(a=2.0))
+            assert loss[name] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_trade_off_is_what_spending_buys():
+    records = layers()
+    for size, loss in trade_off(records, NAMES, prices(), num_points=8):
+        bought = spend(records, NAMES, size, prices())
+        found = sum(predicted_loss(bought, name, prices()) for name in NAMES)
+        assert found <= sum(loss.values()) * (1 + 1e-9)
