@@ -39,7 +39,8 @@ def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     needed = dtype.itemsize * sum(t.num_elements for t in [*checkpoint.tensors.values(), *parts])
     free = psutil.virtual_memory().available
     if needed > free:
+        name = str(dtype).removeprefix("torch.")
         raise NotEnoughRoom(
-            f"{checkpoint.label}: takes {format_size(needed)} of memory in "
-            f"{str(dtype).removeprefix('torch.')}, {format_size(free)} are free. Compute in a smaller dtype, or on a larger machine"
+            f"{checkpoint.label}: takes {format_size(needed)} of memory in {name}, {format_size(free)} are "
+            f"free. Compute in a smaller dtype, or on a larger machine"
         )
