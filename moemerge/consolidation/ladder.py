@@ -72,7 +72,7 @@ def encode(
     parts: Mapping[str, Tensor], code: CodeSpec, moments: Mapping[str, Moment]
 ) -> dict[str, PackedMatrix]:
     """An expert's float32 matrices in few bits, with feedback from the moments of their inputs."""
-    coded = {}
+    coded: dict[str, PackedMatrix] = {}
     for together in _by_inputs(parts, moments):
         matrices = [parts[part] for part in together]
         group = code.group or matrices[0].shape[1]

@@ -70,18 +70,18 @@ def round_together(matrices: Sequence[Tensor], bits: int, group: int, moment: Mo
     fixed_N = choose_scale(whole_DN, bits, importance_D) if group >= len(whole_DN) else None
     codes, scales = [], []
     for columns, feedback_BWW in moment.feedback:
-        shape = len(feedback_BWW), feedback_BWW.shape[1]
-        rest_BWN = whole_DN[columns].clone(memory_format=torch.contiguous_format).unflatten(0, shape)
-        importance_BW = importance_D[columns].unflatten(0, shape)
+        num_blocks, width, _ = feedback_BWW.shape
+        rest_BWN = whole_DN[columns].clone(memory_format=torch.contiguous_format).view(num_blocks, width, -1)
+        importance_BW = importance_D[columns].view(num_blocks, width)
         rounding = _Feedback(rest_BWN, feedback_BWW, importance_BW, bits, fixed_N)
-        rounding.round(min(group, shape[1]))
+        rounding.round(min(group, width))
         codes.append(rounding.codes_BWN.flatten(0, 1))
         if fixed_N is None:
             scales.append(torch.stack(rounding.scales, dim=1).flatten(0, 1))
     codes_DN = torch.cat(codes)
     scales_GN = torch.cat(scales) if fixed_N is None else fixed_N.unsqueeze(0)
     rows = [len(matrix) for matrix in matrices]
-    pieces = zip(codes_DN.split(rows, dim=1), scales_GN.split(rows, dim=1), strict=True)
+    pieces = zip(torch.split(codes_DN, rows, dim=1), torch.split(scales_GN, rows, dim=1), strict=True)
     return [_packed(own_codes, own_scales, bits, group) for own_codes, own_scales in pieces]
 
 
@@ -98,7 +98,7 @@ def choose_scale(values_CN: Tensor, bits: int, importance_C: Tensor, *, search: 
     # A group whose columns no input reaches is rounded as if all did.
     weight_1C = torch.where(reached, importance_C, torch.ones_like(importance_C)).unsqueeze(-2)
     if bits == 1:
-        mean_N = (weight_1C @ values_CN.abs()).squeeze(-2) / weight_1C.sum(dim=-1)
+        mean_N: Tensor = (weight_1C @ values_CN.abs()).squeeze(-2) / weight_1C.sum(dim=-1)
         return (2 * mean_N).clamp_min(_SMALLEST_SCALE).to(SCALE_DTYPE)
     widest_N = values_CN.abs().amax(dim=-2) / (2 ** (bits - 1) - 0.5)
     if not search:
