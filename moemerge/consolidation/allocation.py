@@ -112,18 +112,22 @@ def allocate(hulls: Sequence[Sequence[Point]], allowed_bytes: int | None) -> All
     """
     places = [0] * len(hulls)
     total = sum(hull[0].num_bytes for hull in hulls)
-    steps = sorted(
-        (-_slope(before, after), slot, place + 1)
-        for slot, hull in enumerate(hulls)
-        for place, (before, after) in enumerate(pairwise(hull))
-    )
     price = math.inf
-    for falling_slope, slot, place in steps:
+    for falling_slope, slot, place in steepest_steps(hulls):
         added = hulls[slot][place].num_bytes - hulls[slot][place - 1].num_bytes
         if places[slot] != place - 1 or (allowed_bytes is not None and total + added > allowed_bytes):
             continue
         places[slot], total, price = place, total + added, -falling_slope
     return Allocation(tuple(hull[place] for hull, place in zip(hulls, places, strict=True)), price)
+
+
+def steepest_steps(hulls: Sequence[Sequence[Point]]) -> list[tuple[float, int, int]]:
+    """Every step along every hull, the steepest first: its slope, negative, its hull, and where it leads."""
+    return sorted(
+        (-_slope(before, after), number, place + 1)
+        for number, hull in enumerate(hulls)
+        for place, (before, after) in enumerate(pairwise(hull))
+    )
 
 
 def convex_hull(points: Sequence[Point]) -> list[Point]:
@@ -188,13 +192,8 @@ def _member_point(
 def _sum_of_hulls(hulls: Sequence[Sequence[Point]], num_members: int) -> list[Point]:
     """Hull of the sums of one point of each: all at their fewest bytes, then the steepest step each time."""
     places = [0] * len(hulls)
-    steps = sorted(
-        (-_slope(before, after), number, place + 1)
-        for number, hull in enumerate(hulls)
-        for place, (before, after) in enumerate(pairwise(hull))
-    )
     points = [_added(hulls, places, num_members)]
-    for _, number, place in steps:
+    for _, number, place in steepest_steps(hulls):
         places[number] = place
         points.append(_added(hulls, places, num_members))
     return points

@@ -1,6 +1,7 @@
 """Plans by measured cost: what every layer's evidence and one budget over all of them decide."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,8 +14,10 @@ from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.evidence import LayerRecord
 from moemerge.consolidation.ladder import Ladder, Shapes, code_size, ladder_of
 from moemerge.consolidation.plan import PlannedExpert, PlannedLayer
-from moemerge.consolidation.spending import Prices, Spending, Stored, predicted_loss, spend
+from moemerge.consolidation.spending import Prices, Spending, Stored, predicted_loss, spend, trade_off
 
+CURVE = "curve.json"
+CURVE_SCHEMA = "moemerge/curve@1"
 NOISE = "noise"
 """What plans name as evidence when there was no text."""
 
@@ -122,26 +125,42 @@ def decide(
     Damage of a variant counts the more the less its fine-tuning gained, where that is known, so that every
     variant keeps the same share of it.
     """
-    ladder, shapes = ladder_for(variants)
-    experts = [parts for variant in variants.variants.values() for parts in variant.experts.values()]
-    prices = Prices(
-        ladder=ladder,
-        shapes=shapes,
-        plain_bytes=max(sum(tensor.nbytes for tensor in parts.values()) for parts in experts),
-        importance={name: 1 / gained for name, gained in statistics.gained.items()},
-    )
+    prices = prices_of(variants, statistics)
     spending = spend(records, list(variants.variants), allowed_bytes, prices)
     num_slots = variants.first.num_experts
     layers = [
         _planned_layer(record.index, stored, list(variants.variants), num_slots)
         for record, stored in zip(records, spending.layers, strict=True)
     ]
-    residual_bytes = _residual_bytes(spending, shapes)
+    residual_bytes = _residual_bytes(spending, prices.shapes)
     return MeasuredPlan(
         layers,
         spending.num_bytes - residual_bytes,
         residual_bytes,
         {name: predicted_loss(spending, name, prices) for name in variants.variants},
+    )
+
+
+def dump_curve(variants: VariantSet, records: Sequence[LayerRecord], statistics: Statistics) -> str:
+    """What every budget would buy, as JSON: predicted loss of each variant by bytes."""
+    prices = prices_of(variants, statistics)
+    points = [
+        {"bytes": num_bytes, "loss": {name: float(f"{value:.6g}") for name, value in loss.items()}}
+        for num_bytes, loss in trade_off(records, list(variants.variants), prices)
+    ]
+    curve = {"schema": CURVE_SCHEMA, "evidence": statistics.identity, "points": points}
+    return json.dumps(curve, indent=1) + "\n"
+
+
+def prices_of(variants: VariantSet, statistics: Statistics) -> Prices:
+    """What experts of these variants take, and what the loss of each variant counts."""
+    ladder, shapes = ladder_for(variants)
+    experts = [parts for variant in variants.variants.values() for parts in variant.experts.values()]
+    return Prices(
+        ladder=ladder,
+        shapes=shapes,
+        plain_bytes=max(sum(tensor.nbytes for tensor in parts.values()) for parts in experts),
+        importance={name: 1 / gained for name, gained in statistics.gained.items()},
     )
 
 

@@ -23,8 +23,8 @@ from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.evidence import Evidence, LayerRecord
 from moemerge.consolidation.finishing import Outcome, finish
 from moemerge.consolidation.measure import limit_memory
-from moemerge.consolidation.measured import NoiseStatistics, Statistics
-from moemerge.consolidation.plan import ConsolidationPlan, dump_plan
+from moemerge.consolidation.measured import CURVE, NoiseStatistics, Statistics, dump_curve
+from moemerge.consolidation.plan import PLAN, ConsolidationPlan, dump_plan
 from moemerge.consolidation.planning import (
     PlanOptions,
     build_measured_plan,
@@ -127,6 +127,7 @@ def merge(
                 layers, reports = _measure(variants, staging, report, max_ram)
                 if decide.is_measured:
                     records = _measure_costs(layers, evidence, staging, report)
+                    reports[f"reports/{CURVE}"] = dump_curve(variants, records, found)
                     make_plan = partial(_measured, variants, records, decide, found, reader)
                 else:
                     make_plan = partial(_always, build_plan(variants, layers, decide, reader))
@@ -146,6 +147,7 @@ def merge(
             }
             repaired = {name: quality.tensors for name, quality in done.qualities.items()}
             tensors = _write_non_experts(variants, repaired, staging, reader, report)
+            reports[f"reports/{PLAN}"] = dump_plan(done.plan)
             manifest = finish(variants, done.plan, done.errors, staging, tensors, reports, outcomes, target)
     return Merged(folder=target, plan=done.plan, manifest=manifest, resumed_layers=done.resumed_layers)
 

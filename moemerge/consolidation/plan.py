@@ -23,6 +23,7 @@ def _check_operator(name: str) -> str:
 OperatorName = Annotated[str, AfterValidator(_check_operator)]
 
 
+PLAN = "plan.json"
 WEIGHTS = "weights"
 """Evidence of plans that look at distances between weights alone."""
 

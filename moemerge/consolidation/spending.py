@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moemerge.bundle.manifest import CodeSpec
-from moemerge.consolidation.allocation import Allocation, Encoding, SlotCosts, allocate, slot_hull
+from moemerge.consolidation.allocation import (
+    Allocation,
+    Encoding,
+    Point,
+    SlotCosts,
+    allocate,
+    slot_hull,
+    steepest_steps,
+)
 from moemerge.consolidation.costs import Members, Shared, slot_costs
 from moemerge.consolidation.evidence import LayerRecord, Ref, SlotRecord
 from moemerge.consolidation.ladder import NONE, PLAIN, Ladder, Shapes
@@ -98,6 +106,40 @@ def spend(
     return best[1]
 
 
+def trade_off(
+    records: Sequence[LayerRecord], variants: Sequence[str], prices: Prices, num_points: int = 64
+) -> list[tuple[int, dict[str, float]]]:
+    """Bytes, and predicted loss by variant, from the least to everything that lessens damage.
+
+    The way that `allocate` goes, without emphasis on the worst variant, at about so many points.
+    """
+    hulls = _hulls(records, variants, prices, dict.fromkeys(variants, 1.0))
+    owners = [slot.owners for _, slot in _places(records)]
+    total = sum(hull[0].num_bytes for hull in hulls)
+    most = sum(hull[-1].num_bytes for hull in hulls)
+    loss = dict.fromkeys(variants, 0.0)
+    for number, hull in enumerate(hulls):
+        _add_loss(loss, owners[number], hull[0], prices, 1)
+    spacing = max(1, (most - total) // num_points)
+    points = [(total, dict(loss))]
+    for _, number, place in steepest_steps(hulls):
+        before, after = hulls[number][place - 1], hulls[number][place]
+        _add_loss(loss, owners[number], before, prices, -1)
+        _add_loss(loss, owners[number], after, prices, 1)
+        total += after.num_bytes - before.num_bytes
+        if total == most or total - points[-1][0] >= spacing:
+            points.append((total, {name: max(0.0, value) for name, value in loss.items()}))
+    return points
+
+
+def _add_loss(
+    loss: dict[str, float], owners: Sequence[Sequence[Ref]], point: Point, prices: Prices, sign: int
+) -> None:
+    for refs, value in zip(owners, point.by_member, strict=True):
+        for name, _ in refs:
+            loss[name] += sign * prices.weight(name) * value
+
+
 def predicted_loss(spending: Spending, variant: str, prices: Prices) -> float:
     """Damage of all layers by what it counts."""
     return prices.weight(variant) * sum(spending.damage[variant].values())
@@ -131,18 +173,28 @@ def _spend_once(
     prices: Prices,
     emphasis: Mapping[str, float],
 ) -> Spending:
-    places = [(record, slot) for record in records for slot in record.slots]
+    hulls = _hulls(records, variants, prices, emphasis)
+    return _spending(records, variants, allocate(hulls, allowed_bytes), prices)
+
+
+def _hulls(
+    records: Sequence[LayerRecord], variants: Sequence[str], prices: Prices, emphasis: Mapping[str, float]
+) -> list[list[Point]]:
+    """Of every slot of every layer."""
     exact = super_experts(records, variants)
     hulls = []
-    for record, slot in places:
+    for record, slot in _places(records):
         weights = [sum(prices.weight(name) * emphasis[name] for name, _ in refs) for refs in slot.owners]
         ladder = prices.ladder
         partitions = slot.partitions
         if any((record.index, ref) in exact for refs in slot.owners for ref in refs):
             ladder, partitions = Ladder({PLAIN: None}, {NONE: None}), slot.partitions[:1]
         hulls.append(slot_hull(_costs(record, slot, partitions, ladder, prices), weights))
-    allocation = allocate(hulls, allowed_bytes)
-    return _spending(places, records, variants, allocation, prices)
+    return hulls
+
+
+def _places(records: Sequence[LayerRecord]) -> list[tuple[LayerRecord, SlotRecord]]:
+    return [(record, slot) for record in records for slot in record.slots]
 
 
 def _costs(
@@ -165,7 +217,6 @@ def _costs(
 
 
 def _spending(
-    places: Sequence[tuple[LayerRecord, SlotRecord]],
     records: Sequence[LayerRecord],
     variants: Sequence[str],
     allocation: Allocation,
@@ -173,7 +224,7 @@ def _spending(
 ) -> Spending:
     stored: dict[int, list[Stored]] = {record.index: [] for record in records}
     damage = {name: dict.fromkeys(stored, 0.0) for name in variants}
-    for (record, slot), point in zip(places, allocation.points, strict=True):
+    for (record, slot), point in zip(_places(records), allocation.points, strict=True):
         for refs, value in zip(slot.owners, point.by_member, strict=True):
             for name, _ in refs:
                 damage[name][record.index] += value
