@@ -6,6 +6,7 @@ a step needs them, forwards and backwards, one at a time.
 Shapes: T tokens, D model width, C tokens routed to a slot, Vo vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import cast
@@ -35,13 +36,16 @@ from moemerge.consolidation.prefix import (
     log_probabilities,
     open_lanes,
 )
-from moemerge.consolidation.repair import REPAIR_TOKENS, is_repaired, spread_passages
+from moemerge.consolidation.repair import is_repaired
 from moemerge.models import Decoder, EncoderDecoder, PlainPoolLayer, Route, build_model
 from moemerge.progress import Progress, Silent
 
 _STEP_TOKENS = 2048
-_RATE = 3e-3
-"""Of a step, over the root mean square of a tensor's entries."""
+_RATE = 0.026
+"""Of a step, over the root mean square of a tensor's entries and the root of the divergence at the start.
+
+A divergence grows with the square of a change: where little is to be healed, long steps do harm.
+"""
 _SEED = 0
 
 
@@ -85,7 +89,7 @@ def heal_variant(
         checkpoint: The variant as it was, local.
         bundle: Published, or being written with pools and residuals in place.
         variant: Its name there.
-        passages: In its own tokens; at most `repair.REPAIR_TOKENS` of them are used, in a seeded order.
+        passages: In its own tokens; used in a seeded order.
         num_steps: Of Adam, each on about `_STEP_TOKENS` tokens.
         start: Tensors by role that repair has changed.
         options: Memory and dtype; non-expert tensors are held in memory, those that are changed four times.
@@ -99,10 +103,10 @@ def heal_variant(
         DamagedInput: A weight is not finite, or a file changed.
     """
     options = options or CalibrationOptions()
-    chosen = spread_passages(passages, REPAIR_TOKENS)
     # What lies between the layers is kept for the way back.
     copies = len(checkpoint.family.stacks) + _num_layers(checkpoint)
-    limit = min(_STEP_TOKENS, pass_tokens(checkpoint, chosen, options, copies=copies))
+    limit = min(_STEP_TOKENS, pass_tokens(checkpoint, passages, options, copies=copies))
+    first = 0.0
     report = progress or Silent()
     report.start(f"healing {variant}", num_steps * (checkpoint.expert_bytes + checkpoint.other_bytes))
     model = build_model(checkpoint.family.arithmetic, checkpoint.settings)
@@ -112,19 +116,19 @@ def heal_variant(
         before = {role: start[role] if role in start else own.source.stored(role) for role in roles}
         trained = {role: tensor.float().requires_grad_() for role, tensor in before.items()}
         steps = torch.optim.Adam(
-            [{"params": [tensor], "lr": _RATE * _size(tensor)} for tensor in trained.values()],
-            betas=(0.9, 0.99),
+            [{"params": [tensor], "size": _size(tensor)} for tensor in trained.values()], betas=(0.9, 0.99)
         )
         source = ChangedSource(shared.source, trained)
         weights, experts = StreamedWeights(source), SteppedExperts(source, model)
-        for number, part in zip(range(num_steps), _batches(chosen, limit), strict=False):
+        for number, part in zip(range(num_steps), _batches(passages, limit), strict=False):
             with torch.no_grad():
                 wanted_TD = hidden_states(model, part, StreamedWeights(own.source), own.experts)
-            for group in steps.param_groups:
-                group["lr"] = group.setdefault("first", group["lr"]) * (1 - number / num_steps)
             steps.zero_grad()
             found_TD = hidden_states(model, part, weights, experts)
-            _descend(model, part, wanted_TD, found_TD, own.source, source)
+            loss = _descend(model, part, wanted_TD, found_TD, own.source, source)
+            first = loss if number == 0 else first
+            for group in steps.param_groups:
+                group["lr"] = _RATE * math.sqrt(first) * group["size"] * (1 - number / num_steps)
             steps.step()
             report.advance(checkpoint.expert_bytes + checkpoint.other_bytes)
     return {role: tensor.detach().to(before[role].dtype) for role, tensor in trained.items()}
@@ -137,21 +141,26 @@ def _descend(
     found_TD: Tensor,
     own: Source,
     source: Source,
-) -> None:
-    """Add the gradients of the mean divergence; logits are made for a few tokens at a time."""
+) -> float:
+    """Add the gradients of the mean divergence, which is returned; logits are made a few tokens at a time."""
     label_T = torch.tensor([label for labels in labels_of(model, passages) for label in labels])
     kept = label_T != NO_LABEL
     heads = head_of(own, wanted_TD.dtype), head_of(source, found_TD.dtype)
     rows = max(1, LOGIT_ENTRIES // (4 * heads[0].tensors["head"].shape[0]))
     leaf_TD = found_TD.detach().requires_grad_()
     num_predicted = int(kept.sum())
-    for wanted, found in zip(wanted_TD[kept].split(rows), leaf_TD[kept].split(rows), strict=True):
+    total = 0.0
+    for wanted, found in zip(
+        torch.split(wanted_TD[kept], rows), torch.split(leaf_TD[kept], rows), strict=True
+    ):
         with torch.no_grad():
             target = log_probabilities(model, wanted, heads[0])
         loss = divergence(target, log_probabilities(model, found, heads[1])).sum() / num_predicted
-        loss.backward(retain_graph=True)
+        torch.autograd.backward(loss, retain_graph=True)
+        total += float(loss.detach())
     assert leaf_TD.grad is not None
-    found_TD.backward(leaf_TD.grad)
+    torch.autograd.backward(found_TD, leaf_TD.grad)
+    return total
 
 
 def _batches(passages: Sequence[Passage], num_tokens: int) -> Iterator[list[Passage]]:

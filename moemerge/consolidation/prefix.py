@@ -176,7 +176,7 @@ class LaneExperts:
     def product(self, layer_index: int, hidden_TD: Tensor, route: Route) -> Tensor:
         """See `Experts.product`."""
         counts = [len(run) * len(hidden_TD) // self._num_lanes for run in self._runs]
-        pieces = [tensor.split(counts) for tensor in (hidden_TD, *route)]
+        pieces = [torch.split(tensor, counts) for tensor in (hidden_TD, *route)]
         outputs = [
             run[0].product(layer_index, hidden, Route(slots, gates))
             for run, hidden, slots, gates in zip(self._runs, *pieces, strict=True)
@@ -229,8 +229,8 @@ def _pass_sums(passages: Sequence[Passage], lanes: Sequence[Lane]) -> Tensor:
     label_T = torch.tensor([label for own in labels_of(model, passages) for label in own])
     rows = max(1, LOGIT_ENTRIES // (2 * heads[0].tensors["head"].shape[0]))
     sums = torch.zeros(len(lanes), 2, dtype=torch.float64)
-    parts = zip(*(hidden.split(rows) for hidden in hidden_TD.chunk(len(lanes))), strict=True)
-    for hidden, label in zip(parts, label_T.split(rows), strict=True):
+    parts = zip(*(torch.split(hidden, rows) for hidden in hidden_TD.chunk(len(lanes))), strict=True)
+    for hidden, label in zip(parts, torch.split(label_T, rows), strict=True):
         kept = label != NO_LABEL
         found = [log_probabilities(model, one[kept], head) for one, head in zip(hidden, heads, strict=True)]
         for number, own in enumerate(found):

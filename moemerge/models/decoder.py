@@ -6,7 +6,6 @@ Knows nothing of files, requests and sampling.
 Shapes: T tokens, D model width, W tokens whose successor is wanted, Vo vocabulary.
 """
 
-import torch
 from torch import Tensor
 
 from moemerge.models.attention import KeyValues, attend

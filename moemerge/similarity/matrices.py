@@ -126,4 +126,5 @@ def compare_routers(routers: Sequence[Matrix]) -> Matrix:
     difference = np.array([[np.linalg.norm(a - b, axis=-1) for b in routers] for a in routers])
     squares = np.array([np.square(router).sum(axis=-1) for router in routers])
     scale = np.sqrt((squares[:, None] + squares[None, :]) / 2)
-    return np.divide(difference, scale, out=np.zeros_like(difference), where=scale > 0)
+    relative: Matrix = np.divide(difference, scale, out=np.zeros_like(difference), where=scale > 0)
+    return relative

@@ -16,7 +16,7 @@ from tests.factories import read_canonical, write_checkpoint, write_siblings
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("mixtral", "switch_transformers")
-COMMANDS = [command.callback.__name__ for command in app.registered_commands]
+COMMANDS = [command.name for command in app.registered_commands]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

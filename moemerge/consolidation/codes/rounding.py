@@ -98,9 +98,9 @@ def choose_scale(values_CN: Tensor, bits: int, importance_C: Tensor, *, search: 
     # A group whose columns no input reaches is rounded as if all did.
     weight_1C = torch.where(reached, importance_C, torch.ones_like(importance_C)).unsqueeze(-2)
     if bits == 1:
-        mean_N: Tensor = (weight_1C @ values_CN.abs()).squeeze(-2) / weight_1C.sum(dim=-1)
-        return (2 * mean_N).clamp_min(_SMALLEST_SCALE).to(SCALE_DTYPE)
-    widest_N = values_CN.abs().amax(dim=-2) / (2 ** (bits - 1) - 0.5)
+        mean_N = (weight_1C @ values_CN.abs()).squeeze(-2) / weight_1C.sum(dim=-1)
+        return torch.mul(mean_N, 2).clamp_min(_SMALLEST_SCALE).to(SCALE_DTYPE)
+    widest_N: Tensor = values_CN.abs().amax(dim=-2) / (2 ** (bits - 1) - 0.5)
     if not search:
         return widest_N.clamp_min(_SMALLEST_SCALE).to(SCALE_DTYPE)
     found = _ScaleSearch(values_CN, weight_1C, widest_N, bits)
