@@ -13,6 +13,7 @@ from moemerge.cli import (
     merge,
     plan,
     pull,
+    report,
     run,
     serve,
     show,
@@ -55,8 +56,8 @@ _BUILT_IN = {"evaluate": "eval"}
 """Commands whose names are built-in functions', which no function of ours replaces."""
 
 for module in (
-    pull, show, similarity, calibrate, plan, merge, verify, evaluate, compare, export, run, chat, serve,
-    bench, demo,
+    pull, show, similarity, calibrate, plan, merge, report, verify, evaluate, compare, export, run, chat,
+    serve, bench, demo,
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     shown = _BUILT_IN.get(name, name)
