@@ -11,7 +11,7 @@ from moemerge.errors import InvalidRecipe
 if TYPE_CHECKING:
     from moemerge.report.contents import Matrix, Report
     from moemerge.report.heat import Form
-    from moemerge.report.views import Choice, View
+    from moemerge.report.tables import Choice, View
 
 _NAMES = "layers, heat, parts, pairs, deltas, clusters, rungs, worst, budget, routers, routing, variants"
 
@@ -35,6 +35,9 @@ def report(
         Path | None,
         typer.Option("--calibration", metavar="DIR", help="Add what moemerge calibrate kept."),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")
+    ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the view as CSV.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,19 +49,23 @@ def report(
     Example: moemerge report duo.moe --view worst --top 5
     """
     from moemerge.report.reading import open_report
-    from moemerge.report.views import Choice
+    from moemerge.report.tables import Choice
 
     found = open_report(path, calibration)
     choice = Choice(layer=layer, variant=variant, top=top)
     _check(found, view, choice)
+    if html:
+        _write_page(found, html)
     if as_json:
-        print_json("report", _data(found, view, choice))
+        print_json("report", {**_data(found, view, choice), "html": str(html) if html else None})
     elif as_csv:
         _print_csv(found, view or "layers", choice)
     elif view == "heat":
         _print_heat(found, choice)
     elif view:
         _print_view(_table(found, view, choice))
+    elif html:
+        typer.echo(f"Page: {html}")
     else:
         _print_overview(found, choice)
 
@@ -74,6 +81,14 @@ def _check(found: "Report", view: str | None, choice: "Choice") -> None:
         )
     if choice.variant not in (None, *found.variants):
         raise InvalidRecipe(f"--variant {choice.variant!r}: {found.name} holds {', '.join(found.variants)}")
+
+
+def _write_page(found: "Report", html: Path) -> None:
+    from moemerge.report.html import has_plotly, write_page
+
+    write_page(found, html)
+    if not has_plotly():
+        hint('The page has no hover and zoom: these need plotly, pip install "moemerge[report]".')
 
 
 def _table(found: "Report", view: str, choice: "Choice") -> "View":

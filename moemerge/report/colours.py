@@ -9,6 +9,8 @@ _VIRIDIS = (
 )  # fmt: skip
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")
 """Of lines, one for each variant (after Okabe and Ito); dashes and marks differ, too."""
+DASHES = (("solid", ""), ("dash", "8 4"), ("dot", "2 3"), ("dashdot", "10 3 2 3"))
+"""Of lines, by the names of plotly and as SVG has them."""
 RGB = tuple[int, int, int]
 
 

@@ -1,7 +1,7 @@
 """Similarity folders, costs, curves and calibrations as a report's values."""
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ CALIBRATION = "calibration.json"
 CURVE = "curve.json"
 MATRIX = "relative_l2"
 """The distance that summaries and findings are about; every similarity has it."""
+_REMEMBERED_BYTES = 256 * 2**20
+_MATRICES = 8
+"""Of a layer: five distances and three parts."""
 _COUNT = 0
 """Column of `slots` in a calibration's layer that holds tokens."""
 
@@ -62,9 +65,17 @@ def open_similarity(folder: Path) -> tuple[SimilarityIndex, Similarity]:
         not_computed=index.not_computed,
         has_base=index.has_base,
         layers=layers,
-        load=partial(load_matrices, folder, len(index.variants), index.num_slots),
+        load=_remembering(folder, len(index.variants), index.num_slots),
     )
     return index, similarity
+
+
+def _remembering(folder: Path, num_variants: int, num_slots: int) -> Callable[[int], LayerMatrices]:
+    """`load_matrices` that keeps as many layers as memory may take, since several views look at each."""
+    layer_bytes = _MATRICES * 8 * (num_variants * num_slots) ** 2
+    return lru_cache(max(1, _REMEMBERED_BYTES // layer_bytes))(
+        partial(load_matrices, folder, num_variants, num_slots)
+    )
 
 
 def load_matrices(folder: Path, num_variants: int, num_slots: int, layer: int) -> LayerMatrices:

@@ -35,6 +35,23 @@ def same_slot(matrix: Matrix, num_variants: int) -> Matrix:
     return np.array(pairs) if pairs else np.zeros((0, matrix.shape[0] // num_variants))
 
 
+def joins(pairs: Matrix, num_variants: int) -> list[float]:
+    """Distances at which the experts of a slot become one, the closest pairs joined first; for every slot.
+
+    Source: single linkage, Kruskal's minimum spanning tree.
+    """
+    names = list(combinations(range(num_variants), 2))
+    found = []
+    for distances in pairs.T:
+        cluster = list(range(num_variants))
+        for pair in np.argsort(distances, kind="stable"):
+            a, b = (cluster[variant] for variant in names[pair])
+            if a != b:
+                found.append(float(distances[pair]))
+                cluster = [a if one == b else one for one in cluster]
+    return found
+
+
 def relative(distance: Matrix, norms: Matrix) -> Matrix:
     """Over the root mean square of both norms; zero where both are."""
     scale = np.sqrt((norms[:, None] ** 2 + norms[None, :] ** 2) / 2)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from moemerge.bundle.manifest import MANIFEST, read_manifest
+from moemerge.bundle.manifest import MANIFEST, Manifest, read_manifest
 from moemerge.errors import MoemergeError, NotFound, UnsupportedCheckpoint
 from moemerge.report.contents import Report, Similarity
 from moemerge.report.files import Plan, printable, read_json
@@ -93,7 +93,7 @@ def _open_bundle(folder: Path) -> Report:
     manifest = read_manifest(folder)
     reports, notes = folder / "reports", list[str]()
     plan = _optional(lambda: _read_plan(reports / PLAN), notes)
-    similarity = _optional(lambda: _similarity_of(reports, tuple(manifest.variants)), notes)
+    similarity = _optional(lambda: _similarity_of(reports, manifest), notes)
     records = _optional(lambda: read_costs(reports.glob("costs-layer-*.json")), notes) or []
     unit = UNITS.get(plan.evidence, TEXT_UNIT) if plan else TEXT_UNIT
     return Report(
@@ -116,13 +116,15 @@ def _read_plan(path: Path) -> Plan | None:
     return read_json(path, Plan) if path.is_file() else None
 
 
-def _similarity_of(folder: Path, variants: tuple[str, ...]) -> Similarity | None:
+def _similarity_of(folder: Path, manifest: Manifest) -> Similarity | None:
     if not (folder / SIMILARITY).is_file():
         return None
     found = open_similarity(folder)[1]
-    if set(found.variants) != set(variants):
+    of_bundle = tuple(manifest.variants), manifest.num_slots, {layer.index for layer in manifest.layers}
+    if (found.variants, found.num_slots, {layer.index for layer in found.layers}) != of_bundle:
         raise UnsupportedCheckpoint(
-            f"{folder}: distances between {', '.join(found.variants)}; the bundle holds {', '.join(variants)}"
+            f"{folder}: distances between {', '.join(found.variants)} in {len(found.layers)} layers, but the "
+            f"bundle holds {', '.join(manifest.variants)} in {len(manifest.layers)}"
         )
     return found
 

@@ -140,6 +140,21 @@ def test_damaged_report_in_a_bundle_is_a_note_and_the_rest_is_shown(work, tmp_pa
     assert "pool experts" in done.out
 
 
+def test_page_is_written_and_named(work, tmp_path):
+    page = tmp_path / "pages" / "duo.html"
+    done = report(work, "duo.moe", "--html", page)
+    assert done.code == 0, done.err
+    assert done.out == f"Page: {page}\n"
+    assert "Decided by outputs on noise" in page.read_text()
+    assert report(work, "duo.moe", "--html", page, "--json").envelope["data"]["html"] == str(page)
+
+
+def test_page_that_cannot_be_written_is_told_and_leaves_nothing(work, tmp_path):
+    done = report(work, "duo.moe", "--html", tmp_path)
+    assert (done.code, "it is a folder" in done.err) == (7, True), done.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_first_output_takes_less_than_a_second(work):
     begin = time.perf_counter()
     done = run_program("report", "duo.moe", cwd=work)
