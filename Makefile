@@ -43,7 +43,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
-	$(PIP) install --editable .
+	$(PIP) install --editable '.[report]'
 	@touch $@
 
 $(VENV)/.developing: pyproject.toml $(VENV)/.torch

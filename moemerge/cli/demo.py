@@ -21,17 +21,23 @@ def demo(
 ) -> None:
     """Merge a small family and show what it costs and saves: similarity, bytes, perplexity, answers.
 
+    Ends with a page about the bundle, as moemerge report writes it.
+
     Example: moemerge demo examples/families/mini
     """
     import torch
 
     from moemerge.cli.demo_report import print_report
     from moemerge.evaluation.demo import run_demo
+    from moemerge.report.html import write_report
 
     # The family is so small that threads only wait for each other, on a busy machine ten times longer.
     torch.set_num_threads(1)
     report = run_demo(family, out, say=(lambda text: None) if quiet or as_json else hint)
+    page = out / "report.html"
+    write_report(report.bundle, page, out / "calibration")
     if as_json:
-        print_json("demo", report.as_dict())
+        print_json("demo", {**report.as_dict(), "page": str(page)})
     else:
         print_report(report)
+        typer.echo(f"Report of this bundle, for a browser: {page}")

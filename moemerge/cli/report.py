@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from moemerge.report.heat import Form
     from moemerge.report.tables import Choice, View
 
-_NAMES = "layers, heat, parts, pairs, deltas, clusters, rungs, worst, budget, routers, routing, variants"
+_NAMES = (
+    "layers, heat, sharing, parts, pairs, deltas, clusters, rungs, worst, budget, routers, routing, variants"
+)
 
 
 def report(
@@ -194,20 +196,21 @@ def _print_heat(found: "Report", choice: "Choice") -> None:
     import shutil
 
     from moemerge.report.heat import by_slot, draw, legend
-    from moemerge.report.numbers import most_apart
+    from moemerge.report.numbers import farthest_siblings, most_apart
 
     index = most_apart(found) if choice.layer is None else choice.layer
     matrix = _matrix(found, index)
     order = by_slot(len(found.variants), found.num_slots)
     form = _form()
-    lines, factor = draw(matrix[order][:, order], form, shutil.get_terminal_size().columns)
+    top = farthest_siblings(matrix, len(found.variants))
+    lines, factor = draw(matrix[order][:, order], form, shutil.get_terminal_size().columns, top)
     typer.echo(
         f"Layer {index}, relative L2 between {len(matrix)} experts, slot by slot: {', '.join(found.variants)}"
     )
     for line in lines:
         typer.echo(line, color=True)
     averaged = f"; {factor} x {factor} experts averaged into one cell" if factor > 1 else ""
-    typer.echo(f"{legend(matrix, form)}{averaged}", color=True)
+    typer.echo(f"{legend(top, form)}{averaged}", color=True)
 
 
 def _matrix(found: "Report", layer: int) -> "Matrix":

@@ -41,15 +41,14 @@ def average_blocks(matrix: Matrix, most: int) -> tuple[Matrix, int]:
     return averaged, factor
 
 
-def draw(matrix: Matrix, form: Form, width: int) -> tuple[list[str], int]:
-    """Lines at most `width` wide, and the factor of averaging.
+def draw(matrix: Matrix, form: Form, width: int, top: float) -> tuple[list[str], int]:
+    """Lines at most `width` wide, from 0 to `top` and beyond, and the factor of averaging.
 
     Colour shows two rows in a line; the others repeat a character to keep cells about square.
     """
     in_colour = form is Form.COLOUR
     cells, factor = average_blocks(matrix, max(1, width if in_colour else width // 2))
-    top = float(cells.max()) or 1.0
-    scaled = cells / top
+    scaled = np.minimum(cells / (top or 1.0), 1.0)
     if in_colour:
         return [_coloured(scaled[row : row + 2]) for row in range(0, len(scaled), 2)], factor
     ramp = _SHADES if form is Form.SHADES else _CHARACTERS
@@ -70,9 +69,9 @@ def strip(values: Sequence[float | None], form: Form, width: int) -> tuple[str, 
     return "".join(cells), factor
 
 
-def legend(matrix: Matrix, form: Form) -> str:
+def legend(top: float, form: Form) -> str:
     """What the ends of the scale mean."""
-    most = f"{float(matrix.max()):.3g}"
+    most = f"{top:.3g} and more"
     if form is Form.COLOUR:
         ramp = "".join(f"\x1b[38;2;{_rgb(step / 15)}m█" for step in range(16)) + "\x1b[0m"
         return f"0 {ramp} {most}"

@@ -20,7 +20,7 @@ from moemerge.report.contents import Matrix, Report
 from moemerge.report.drawings import draw_grid, draw_lines
 from moemerge.report.findings import findings
 from moemerge.report.heat import average_blocks, by_slot
-from moemerge.report.numbers import RELATIVE, most_apart, same_slot
+from moemerge.report.numbers import RELATIVE, farthest_siblings, most_apart
 from moemerge.report.pictures import MOST_EXACT, pack, png
 from moemerge.report.reading import open_report
 from moemerge.report.sections import Section, sections
@@ -135,8 +135,7 @@ def _siblings(report: Report) -> dict[str, float]:
     found: dict[str, float] = {}
     for index in report.layers:
         for name, matrix in similarity.load(index).distances.items():
-            shown = same_slot(matrix, count) if count > 1 else matrix
-            found[name] = max(found.get(name, 0.0), float(shown.max()))
+            found[name] = max(found.get(name, 0.0), farthest_siblings(matrix, count))
     return found
 
 

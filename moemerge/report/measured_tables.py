@@ -16,6 +16,23 @@ from moemerge.report.numbers import (
 from moemerge.report.tables import Cell, Choice, View
 
 
+def sharing(report: Report, choice: Choice) -> View | None:
+    """What each variant would lose if all shared in every slot."""
+    if not report.sharing:
+        return None
+    wanted = choice.variants(report)
+    rows: list[list[Cell]] = [
+        [index, *(report.sharing.get(index, {}).get(name) for name in wanted)]
+        for index in choice.layers(report)
+    ]
+    return View(
+        title="Lost by sharing",
+        columns=["layer", *wanted],
+        rows=rows,
+        note="Of the energy of the layer's output, as measured, if all share one expert in every slot.",
+    )
+
+
 def parts(report: Report, choice: Choice) -> View | None:
     """Which part of an expert differs most."""
     if report.similarity is None:

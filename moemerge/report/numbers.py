@@ -52,6 +52,12 @@ def joins(pairs: Matrix, num_variants: int) -> list[float]:
     return found
 
 
+def farthest_siblings(matrix: Matrix, num_variants: int) -> float:
+    """The largest distance within slots, up to which colours are spread; of all, with but one variant."""
+    shown = same_slot(matrix, num_variants) if num_variants > 1 else matrix
+    return float(shown.max())
+
+
 def relative(distance: Matrix, norms: Matrix) -> Matrix:
     """Over the root mean square of both norms; zero where both are."""
     scale = np.sqrt((norms[:, None] ** 2 + norms[None, :] ** 2) / 2)

@@ -90,7 +90,7 @@ def _depth(report: Report) -> Section:
         about="How far the variants' experts of one slot are from each other, layer by layer, and what would "
         "be lost if they shared.",
         charts=charts,
-        tables=_tables(report, "layers", "pairs"),
+        tables=_tables(report, "layers", "sharing", "pairs"),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from statistics import fmean
 
 from moemerge.report.contents import Report, StoredLayer
-from moemerge.report.measured_tables import deltas, pairs, parts, routers, routing
+from moemerge.report.measured_tables import deltas, pairs, parts, routers, routing, sharing
 from moemerge.report.numbers import placed
 from moemerge.report.stored_tables import budget, clusters, rungs, worst
 from moemerge.report.tables import Cell, Choice, View
@@ -20,7 +20,7 @@ def layers(report: Report, choice: Choice) -> View | None:
     if summaries:
         columns += ["same slot, median", "same slot, worst", "other slots, median", "distinct experts"]
     if report.sharing:
-        columns += [f"sharing, {name}" for name in report.variants]
+        columns += ["lost by sharing", "by"]
     if stored:
         columns += ["pool experts", "mean error", "worst error"]
     rows: list[list[Cell]] = []
@@ -34,13 +34,15 @@ def layers(report: Report, choice: Choice) -> View | None:
                 else [None] * 4
             )
         if report.sharing:
-            row += [report.sharing.get(index, {}).get(name) for name in report.variants]
+            lost = report.sharing.get(index, {})
+            most = max(lost, key=lambda name: lost[name], default=None)
+            row += [lost[most], most] if most is not None else [None, None]
         if stored:
             row += [len(stored[index].pool), *_mean_and_worst(stored[index])]
         rows.append(row)
     note = "Distances: relative L2 between variants, over the experts' norms."
     if report.sharing:
-        note += " Sharing: how much of the energy of the layer's output is lost if all share in every slot."
+        note += " Lost by sharing: of the energy of the layer's output, by the worst variant, if all share."
     return View(title="Layers", columns=columns, rows=rows, note=note)
 
 
@@ -72,6 +74,7 @@ def variants(report: Report, choice: Choice) -> View | None:
 
 VIEWS: dict[str, Callable[[Report, Choice], View | None]] = {
     "layers": layers,
+    "sharing": sharing,
     "parts": parts,
     "pairs": pairs,
     "deltas": deltas,
@@ -86,6 +89,7 @@ VIEWS: dict[str, Callable[[Report, Choice], View | None]] = {
 """By the name that `--view` takes."""
 
 NEEDS = {
+    "sharing": "a bundle merged with --policy measured",
     "clusters": "a plan or bundle",
     "rungs": "a plan or bundle",
     "worst": "a plan by distance, or a bundle",

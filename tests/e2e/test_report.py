@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.factories import edit_json, write_siblings
 
 SOURCES = ("code=./code", "law=./law")
 LAYERS, SLOTS = 2, 4
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,16 @@ def test_page_that_cannot_be_written_is_told_and_leaves_nothing(work, tmp_path):
     done = report(work, "duo.moe", "--html", tmp_path)
     assert (done.code, "it is a folder" in done.err) == (7, True), done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_ends_with_the_path_of_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("moemerge.evaluation.demo.SYSTEMS", (("moemerge", "copies", "1x"),))
+    monkeypatch.setattr("moemerge.evaluation.demo.CALIBRATION_TOKENS", 1024)
+    monkeypatch.setattr("moemerge.evaluation.demo.NUM_WINDOWS", 1)
+    done = call_program("demo", ROOT / "examples/families/mini", "-o", tmp_path, "--quiet")
+    assert done.code == 0, done.err
+    page = Path(done.out.splitlines()[-1].rpartition(": ")[2])
+    assert "gained by tuning" in page.read_text(encoding="utf-8")
 
 
 def test_first_output_takes_less_than_a_second(work):

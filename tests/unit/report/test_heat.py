@@ -28,7 +28,7 @@ def test_blocks_keep_the_mean_of_what_they_cover(size, most):
 @pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("width", [10, 24, 80])
 def test_lines_fit_the_screen(form, width):
-    lines, factor = draw(np.ones((24, 24)), form, width)
+    lines, factor = draw(np.ones((24, 24)), form, width, 1.0)
     plain = [ESCAPE.sub("", line) for line in lines]
     assert max(map(len, plain)) <= width
     cells = -(-24 // factor)
@@ -37,14 +37,19 @@ def test_lines_fit_the_screen(form, width):
 
 def test_zero_is_darkest_and_most_is_brightest():
     matrix = np.array([[0.0, 1.0], [1.0, 0.0]])
-    assert draw(matrix, Form.ASCII, 80)[0] == ["  @@", "@@"]
-    assert draw(matrix, Form.SHADES, 80)[0] == ["  ██", "██"]
-    coloured = draw(matrix, Form.COLOUR, 80)[0][0]
+    assert draw(matrix, Form.ASCII, 80, 1.0)[0] == ["  @@", "@@"]
+    assert draw(matrix, Form.SHADES, 80, 1.0)[0] == ["  ██", "██"]
+    coloured = draw(matrix, Form.COLOUR, 80, 1.0)[0][0]
     assert coloured.startswith("\x1b[38;2;68;1;84m\x1b[48;2;253;231;37m▀")
 
 
+def test_values_beyond_the_top_are_as_bright_as_it():
+    matrix = np.array([[0.0, 7.0], [7.0, 0.5]])
+    assert draw(matrix, Form.ASCII, 80, 1.0)[0] == ["  @@", "@@++"]
+
+
 def test_equal_experts_alone_are_drawn():
-    assert draw(np.zeros((2, 2)), Form.ASCII, 80)[0] == ["", ""]
+    assert draw(np.zeros((2, 2)), Form.ASCII, 80, 0.0)[0] == ["", ""]
 
 
 def test_strip_has_a_character_a_layer_and_gaps_where_nothing_is_known():
