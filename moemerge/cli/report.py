@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moemerge.cli.command import JsonOption, hint, print_json
+from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
 from moemerge.errors import InvalidRecipe
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def report(
         Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the view as CSV.")] = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show where variants are alike, what sharing costs, and what a bundle did about it.
@@ -57,7 +58,7 @@ def report(
     choice = Choice(layer=layer, variant=variant, top=top)
     _check(found, view, choice)
     if html:
-        _write_page(found, html)
+        _write_page(found, html, quiet=quiet)
     if as_json:
         print_json("report", {**_data(found, view, choice), "html": str(html) if html else None})
     elif as_csv:
@@ -70,6 +71,8 @@ def report(
         typer.echo(f"Page: {html}")
     else:
         _print_overview(found, choice)
+        if not quiet:
+            hint(f"More with --view: {_NAMES}; as a page with --html FILE.")
 
 
 def _check(found: "Report", view: str | None, choice: "Choice") -> None:
@@ -85,11 +88,11 @@ def _check(found: "Report", view: str | None, choice: "Choice") -> None:
         raise InvalidRecipe(f"--variant {choice.variant!r}: {found.name} holds {', '.join(found.variants)}")
 
 
-def _write_page(found: "Report", html: Path) -> None:
+def _write_page(found: "Report", html: Path, *, quiet: bool) -> None:
     from moemerge.report.html import has_plotly, write_page
 
     write_page(found, html)
-    if not has_plotly():
+    if not has_plotly() and not quiet:
         hint('The page has no hover and zoom: these need plotly, pip install "moemerge[report]".')
 
 
@@ -164,7 +167,6 @@ def _print_overview(found: "Report", choice: "Choice") -> None:
     if found.similarity:
         typer.echo()
         _print_heat(found, choice)
-    hint(f"More with --view: {_NAMES}; as a page with --html FILE.")
 
 
 def _print_strips(found: "Report") -> None:

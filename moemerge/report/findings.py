@@ -10,8 +10,6 @@ from moemerge.report.numbers import chosen_point, overlap, part_distances, place
 
 _CORRESPOND = 0.8
 """Slots of siblings are surely the same when their distance is below so much of that to other slots."""
-_APART = 0.5
-"""Relative L2 from which routers' rows hardly ask for the same tokens."""
 _IDLE = 0.001
 
 
@@ -155,9 +153,9 @@ def _routers(report: Report) -> Iterator[Told]:
     if not apart:
         return
     most = max(apart, key=lambda index: apart[index])
-    judged = "rows that hardly ask for the same tokens" if apart[most] > _APART else "still close"
     yield Told(
-        text=f"Routers differ most in layer {most}: {apart[most]:.2f} of a row's norm, {judged}.",
+        text=f"Routers differ most in layer {most}, where a slot's rows are {apart[most]:.2f} of their norm "
+        f"apart; unrelated ones stand at 1.41.",
         numbers={f"layer {most}": apart[most]},
         section="routing",
     )

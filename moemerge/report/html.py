@@ -66,7 +66,7 @@ def render(report: Report) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     return environment.from_string(_resource("page.html")).render(
-        anchors={section.name: section.title for section in shown},
+        anchors={"layer": "Layers"} | {section.name: section.title for section in shown},
         chosen=report.layers.index(most_apart(report)),
         data=_json(_data(report, shown, siblings)),
         evidence=evidence(report),

@@ -21,6 +21,8 @@ from moemerge.report.tables import Choice, View
 from moemerge.report.views import VIEWS
 
 _WORST = 25
+_NOISE = 1e-9
+"""Of the largest loss: what is less is what rounding left of nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +161,7 @@ def _kept(report: Report) -> Section:
             errors = np.array(
                 [[e for n in storage.variants for e in layer.errors[n]] for layer in storage.layers]
             )
-            title = "What stands for each expert, over its norm"
+            title = "From each expert to what stands for it, over its norm"
             charts.append(_over_experts(report, "errors", title, errors, "error", notes, words))
         charts.append(_cluster_map(report))
     return Section(
@@ -210,6 +212,7 @@ def _budget(report: Report) -> Section:
         unit = report.storage.variant_bytes
         chosen = chosen_point(report)
         points = report.curve.points
+        noise = _NOISE * max((value for _, loss in points for value in loss.values()), default=0.0)
         charts.append(
             Lines(
                 name="curve",
@@ -217,7 +220,9 @@ def _budget(report: Report) -> Section:
                 x_title="bytes, x the experts of one variant",
                 y_title="predicted damage",
                 x=[size / unit for size, _ in points],
-                series={name: [loss.get(name) for _, loss in points] for name in report.variants},
+                series={
+                    name: [_known(loss.get(name), noise) for _, loss in points] for name in report.variants
+                },
                 stands_out={name: (chosen[0] / unit, v) for name, v in chosen[1].items()} if chosen else {},
                 is_log=True,
             )
@@ -229,6 +234,10 @@ def _budget(report: Report) -> Section:
         charts=charts,
         tables=_tables(report, "budget"),
     )
+
+
+def _known(value: float | None, noise: float) -> float | None:
+    return None if value is None or value <= noise else value
 
 
 def _routing(report: Report) -> Section:
