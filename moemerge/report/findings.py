@@ -132,7 +132,7 @@ def _parts(report: Report) -> Iterator[Told]:
     by_layer = [part_distances(report.similarity.load(index), count) for index in report.layers]
     names = by_layer[0].keys() if by_layer else ()
     means = {name: fmean(found[name] for found in by_layer if name in found) for name in names}
-    if len(means) > 1:
+    if len(set(means.values())) > 1:
         least, most = (one(means, key=lambda name: means[name]) for one in (min, max))
         yield Told(
             text=f"Of the parts, {most} differs most ({means[most]:.3f} of its norm) and {least} least "

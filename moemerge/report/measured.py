@@ -1,6 +1,6 @@
 """Similarity folders, costs, curves and calibrations as a report's values."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -111,36 +111,39 @@ def read_costs(paths: Iterable[Path]) -> list[LayerCosts]:
     return sorted((read_json(path, LayerCosts) for path in paths), key=lambda record: record.index)
 
 
-def sharing_of(records: Iterable[LayerCosts]) -> dict[int, dict[str, float]]:
-    """Damage of every variant in a layer when all experts of a slot share one, summed over slots."""
+def sharing_of(records: Iterable[LayerCosts], variants: Collection[str]) -> dict[int, dict[str, float]]:
+    """Damage of every one of these variants in a layer when all in a slot share one, summed over slots."""
     found: dict[int, dict[str, float]] = {}
     for record in records:
-        lost = dict.fromkeys(record.tokens, 0.0)
+        lost = {name: 0.0 for name in record.tokens if name in variants}
         for slot in record.slots:
             everybody = ",".join(map(str, range(len(slot.owners))))
             damage = slot.shared.get(everybody, ("", []))[1]
             for refs, value in zip(slot.owners, damage, strict=False):
-                for name, _ in refs:
+                for name in {name for name, _ in refs if name in variants}:
                     lost[name] = lost.get(name, 0.0) + value
         found[record.index] = lost
     return found
 
 
-def routing_of(records: Iterable[LayerCosts], num_slots: int) -> Routing | None:
-    """Where tokens went, as the records of costs say; None when they do not."""
+def routing_of(records: Iterable[LayerCosts], variants: Collection[str], num_slots: int) -> Routing | None:
+    """Where tokens of these variants went, as the records of costs say; None when they do not."""
     tokens: dict[str, int] = {}
     counts: dict[int, Mapping[str, list[int]]] = {}
     for record in records:
-        counts[record.index] = {n: c for n, c in record.routed.items() if len(c) == num_slots}
-        tokens |= record.tokens
+        known = [name for name in record.routed if name in variants]
+        counts[record.index] = {n: record.routed[n] for n in known if len(record.routed[n]) == num_slots}
+        tokens |= {name: count for name, count in record.tokens.items() if name in variants}
     return Routing(tokens=tokens, counts=counts) if any(counts.values()) else None
 
 
-def read_curve(path: Path, unit: str) -> Curve | None:
-    """What other budgets would buy; None when that was not measured."""
+def read_curve(path: Path, unit: str, variants: Collection[str]) -> Curve | None:
+    """What other budgets would buy; None when that was not measured for these variants."""
     if not path.is_file():
         return None
     found = read_json(path, CurveFile)
+    if any(point.loss.keys() != set(variants) for point in found.points):
+        return None
     return Curve(unit=unit, points=[(point.bytes, point.loss) for point in found.points])
 
 

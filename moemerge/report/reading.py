@@ -91,7 +91,7 @@ def _open_plan(path: Path) -> Report:
 
 def _open_bundle(folder: Path) -> Report:
     manifest = read_manifest(folder)
-    reports, notes = folder / "reports", list[str]()
+    reports, notes = folder / "reports", _changes(manifest)
     plan = _optional(lambda: _read_plan(reports / PLAN), notes)
     similarity = _optional(lambda: _similarity_of(reports, manifest), notes)
     records = _optional(lambda: read_costs(reports.glob("costs-layer-*.json")), notes) or []
@@ -104,12 +104,21 @@ def _open_bundle(folder: Path) -> Report:
         licences={n: printable(e.licence) for n, e in manifest.variants.items() if e.licence},
         similarity=similarity,
         storage=storage_of_bundle(manifest, plan),
-        routing=routing_of(records, manifest.num_slots),
-        curve=_optional(lambda: read_curve(reports / CURVE, unit), notes),
+        routing=routing_of(records, manifest.variants, manifest.num_slots),
+        curve=_optional(lambda: read_curve(reports / CURVE, unit, manifest.variants), notes),
         quality={name: entry.damage for name, entry in manifest.variants.items() if entry.damage},
-        sharing=sharing_of(records),
+        sharing=sharing_of(records, manifest.variants),
         notes=tuple(notes),
     )
+
+
+def _changes(manifest: Manifest) -> list[str]:
+    """What happened to a bundle since it was merged, which its reports do not know of."""
+    actions = {"add": "joined", "remove": "left"}
+    return [
+        f"{change.variant} {actions[change.action]} after the merge; distances and costs are those of before."
+        for change in manifest.provenance.changes
+    ]
 
 
 def _read_plan(path: Path) -> Plan | None:

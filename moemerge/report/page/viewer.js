@@ -17,7 +17,7 @@ function shadesOf(scale) {
     const place = (level / (LEVELS - 1)) * (scale.length - 1);
     const low = Math.min(Math.floor(place), scale.length - 2);
     const [a, b] = [parts(scale[low][1]), parts(scale[low + 1][1])];
-    return a.map((value, part) => Math.round(value + (b[part] - value) * (place - low)));
+    return [...a.map((value, part) => Math.round(value + (b[part] - value) * (place - low))), 255];
   });
 }
 
@@ -62,18 +62,14 @@ async function showLayer() {
   Object.assign(seen, { layer, matrix, order: orderOf(layer), top: topOf(layer, distance) });
   byId("range-top").textContent = `${seen.top.toPrecision(3)}${byId("range").value === "siblings" ? " and more" : ""}`;
   document.querySelectorAll(".pictures li").forEach((item, number) => item.classList.toggle("chosen", number === place));
+  fillCells();
   paint();
   if (seen.at) tell();
   canvas.dataset.layer = layer.index;
 }
 
-function paint() {
-  const ratio = devicePixelRatio || 1;
-  const side = canvas.clientWidth;
-  canvas.width = side * ratio;
-  canvas.height = side * ratio;
-  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-  pen.clearRect(0, 0, side, side);
+// One pixel for each cell that is seen.
+function fillCells() {
   const [columns, rows] = [seen.x[1] - seen.x[0], seen.y[1] - seen.y[0]];
   cells.width = columns;
   cells.height = rows;
@@ -83,14 +79,23 @@ function paint() {
     for (let column = 0; column < columns; column++) {
       const value = values[seen.order[seen.x[0] + column]];
       const level = Math.min(LEVELS - 1, Math.round((value / seen.top) * (LEVELS - 1)));
-      image.data.set([...shades[level], 255], 4 * (row * columns + column));
+      image.data.set(shades[level], 4 * (row * columns + column));
     }
   }
   cells.getContext("2d").putImageData(image, 0, 0);
+}
+
+function paint() {
+  const ratio = devicePixelRatio || 1;
+  const side = canvas.clientWidth;
+  canvas.width = side * ratio;
+  canvas.height = side * ratio;
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.clearRect(0, 0, side, side);
   const box = area();
   pen.imageSmoothingEnabled = false;
   pen.drawImage(cells, box.left, box.top, box.width, box.height);
-  labels(box, columns, rows);
+  labels(box, seen.x[1] - seen.x[0], seen.y[1] - seen.y[0]);
   if (seen.drag) frame(seen.drag, colour("--accent"));
   else if (seen.at) frame({ x: [seen.at.x, seen.at.x], y: [seen.at.y, seen.at.y] }, "#ff3b30");
 }
@@ -163,6 +168,7 @@ function pointAt(cell) {
 
 function zoomTo(x, y) {
   Object.assign(seen, { x, y, drag: null });
+  fillCells();
   paint();
 }
 

@@ -1,10 +1,12 @@
 """Reports of other rooms are believed after a check only."""
 
+import json
 import re
 
 import pytest
 
 from moemerge.errors import DamagedBundle, DamagedInput, IncompatibleInputs, UnsupportedCheckpoint
+from moemerge.report.html import render
 from moemerge.report.reading import open_report
 from tests.factories import edit_json, edit_tensors
 from tests.reports import names_of, write_json, write_reports, write_similarity
@@ -75,8 +77,6 @@ def test_plan_without_a_slot_is_refused(bundle):
 
 
 def open_plan_layers(path):
-    import json
-
     return json.loads(path.read_text())["layers"]
 
 
@@ -85,6 +85,18 @@ def test_distances_of_other_variants_are_left_out_of_a_bundle_with_a_note(bundle
     report = open_report(bundle)
     assert report.similarity is None
     assert re.search("distances between x, y", report.notes[0])
+
+
+def test_variant_that_left_is_told_and_its_costs_are_gone(bundle):
+    manifest = json.loads((bundle / "moemerge.json").read_text())
+    del manifest["variants"]["v2"]
+    manifest["provenance"]["changes"] = [{"action": "remove", "variant": "v2", "moemerge": "0"}]
+    write_json(bundle / "moemerge.json", manifest)
+    report = open_report(bundle)
+    assert report.notes[0].startswith("v2 left after the merge")
+    assert set(report.sharing[0]) == set(report.routing.counts[0]) == {"v0", "v1"}
+    assert report.curve is None
+    assert "How experts are kept" in render(report)
 
 
 def test_manifest_that_is_damaged_is_refused(bundle):
