@@ -23,7 +23,8 @@ from moemerge.report.heat import average_blocks, by_slot
 from moemerge.report.numbers import RELATIVE, farthest_siblings, most_apart
 from moemerge.report.pictures import MOST_EXACT, pack, png
 from moemerge.report.reading import open_report
-from moemerge.report.sections import Section, sections
+from moemerge.report.section import Section
+from moemerge.report.sections import sections
 from moemerge.report.words import evidence, headline, title
 
 _PICTURED = 128
