@@ -1,5 +1,8 @@
 """The program: its commands in the order of the work."""
 
+from collections.abc import Sequence
+from typing import NoReturn
+
 import typer
 
 from moemerge.cli import (
@@ -20,7 +23,8 @@ from moemerge.cli import (
     similarity,
     verify,
 )
-from moemerge.cli.command import command, run_program
+from moemerge.cli.command import command
+from moemerge.cli.program import run_program
 
 app = typer.Typer(
     name="moemerge",
@@ -64,6 +68,6 @@ for module in (
     app.command(shown)(command(getattr(module, name), shown))
 
 
-def main() -> None:
-    """Run the program."""
-    run_program(app)
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the program with these arguments, or with those of the process."""
+    run_program(app, arguments)

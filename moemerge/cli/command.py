@@ -5,19 +5,20 @@ Results go to standard output, progress, hints and errors to standard error.
 
 import functools
 import json
-import signal
-import sys
-from collections.abc import Callable
-from typing import Annotated, Any, NoReturn, ParamSpec
+import os
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ParamSpec
 
 import typer
 
+from moemerge.cli.streams import forget_output
 from moemerge.errors import Finding, MoemergeError
 
 _RESUMABLE = "What was finished is kept; run the same command again to continue."
 _STOPPED = "Nothing half-written is left; run the same command again."
 Parameters = ParamSpec("Parameters")
 SCHEMA = "moemerge/cli@1"
+_TRUE = ("1", "true", "t", "yes", "y", "on")
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object instead of text.", envvar="MOEMERGE_JSON")
@@ -53,12 +54,13 @@ def command(function: Callable[Parameters, None], name: str = "") -> Callable[Pa
         except MoemergeError as error:
             _report(error, name, as_json=as_json)
             raise typer.Exit(error.exit_code) from error
-        except (KeyboardInterrupt, _Terminated) as stop:
-            hint(f"Stopped.{_what_is_left(name, kwargs)}")
-            raise typer.Exit(_stop_code(stop)) from stop
+        except (KeyboardInterrupt, Terminated) as stop:
+            left = _what_is_left(name, kwargs)
+            _report_stop(name, stop_code(stop), left, as_json=as_json)
+            raise typer.Exit(stop_code(stop)) from stop
         except BrokenPipeError:
             # The reader of our output has gone; nobody is left to tell.
-            sys.stderr.close()
+            forget_output()
             raise typer.Exit(0) from None
 
     return run
@@ -80,32 +82,38 @@ def hint(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def run_program(program: Callable[[], None]) -> None:
-    """Run it so that SIGTERM unwinds like Ctrl-C, also before a command has begun."""
-    try:
-        signal.signal(signal.SIGTERM, _raise_terminated)
-        program()
-    except (KeyboardInterrupt, _Terminated) as stop:
-        raise SystemExit(_stop_code(stop)) from None
+def print_failure(name: str, exit_code: int, message: str, findings: tuple[Finding, ...]) -> None:
+    """The envelope of `--json` for a command that failed."""
+    _print_envelope(name, exit_code, {"message": message}, findings)
+
+
+def wants_json(words: Sequence[str]) -> bool:
+    """Whether a command line that could not be parsed asks for JSON, by option or environment."""
+    options = words[: words.index("--")] if "--" in words else words
+    return "--json" in options or os.environ.get("MOEMERGE_JSON", "").lower() in _TRUE
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def stop_code(stop: BaseException) -> int:
+    """The exit code of a program that was stopped."""
+    return 143 if isinstance(stop, Terminated) else 130
 
 
 def _what_is_left(name: str, options: dict[str, Any]) -> str:
     """What a stopped command leaves, for those who would start it again."""
     if name in ("merge", "pull", "calibrate", "compare") or (name == "run" and options.get("source")):
-        return f" {_RESUMABLE}"
-    return "" if name in ("run", "chat", "serve") else f" {_STOPPED}"
+        return _RESUMABLE
+    return "" if name in ("run", "chat", "serve") else _STOPPED
 
 
-def _stop_code(stop: BaseException) -> int:
-    return 143 if isinstance(stop, _Terminated) else 130
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-def _raise_terminated(number: int, frame: object) -> NoReturn:
-    raise _Terminated
+def _report_stop(name: str, exit_code: int, left: str, *, as_json: bool) -> None:
+    if as_json:
+        finding = Finding(level="error", code="Interrupted", where=name, found="stopped", fix=left)
+        print_failure(name, exit_code, f"Stopped. {left}".rstrip(), (finding,))
+    hint(f"Stopped. {left}".rstrip())
 
 
 def _report(error: MoemergeError, name: str, *, as_json: bool) -> None:
@@ -113,7 +121,7 @@ def _report(error: MoemergeError, name: str, *, as_json: bool) -> None:
         findings = error.findings or (
             Finding(level="error", code=type(error).__name__, where=name, found=str(error)),
         )
-        _print_envelope(name, error.exit_code, {"message": str(error)}, findings)
+        print_failure(name, error.exit_code, str(error), findings)
     else:
         hint(f"error: {error}")
 

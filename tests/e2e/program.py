@@ -66,7 +66,7 @@ def start_slow_program(*arguments: object) -> subprocess.Popen[str]:
 
 def call_program(*arguments: object, cwd: Path | None = None, stdin: str | bytes = "") -> Outcome:
     """The same in this process; anything but a regular exit, a traceback for a user, fails the test."""
-    from moemerge.cli.app import app
+    from moemerge.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     before = Path.cwd()
@@ -76,7 +76,7 @@ def call_program(*arguments: object, cwd: Path | None = None, stdin: str | bytes
     stdin_before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8")
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            app([str(argument) for argument in arguments], prog_name="moemerge")
+            main([str(argument) for argument in arguments])
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         return Outcome(code, out.getvalue(), err.getvalue())
