@@ -58,6 +58,17 @@ class FolderRef:
 SourceRef = HubRef | FolderRef
 
 
+@dataclass(frozen=True, slots=True)
+class VariantRef:
+    """A variant of a bundle, `folder:variant`."""
+
+    folder: Path
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.folder}:{self.variant}"
+
+
 def parse_source(text: str) -> SourceRef:
     """The checkpoint that `text` names.
 
@@ -87,6 +98,19 @@ def parse_source(text: str) -> SourceRef:
     if Path(text).exists():
         return FolderRef(Path(text))
     raise InvalidRecipe(f"{text!r} is neither an existing folder nor of the form org/name[@revision]")
+
+
+def parse_model(text: str) -> SourceRef | VariantRef:
+    """The checkpoint, bundle or variant of a bundle that `text` names.
+
+    Raises:
+        InvalidRecipe: As `parse_source`.
+    """
+    folder, _, variant = text.rpartition(":")
+    is_drive = len(folder) == 1
+    if folder and not is_drive and VARIANT_NAME.fullmatch(variant) and not Path(text).exists():
+        return VariantRef(Path(folder).expanduser(), variant)
+    return parse_source(text)
 
 
 def parse_repository(text: str) -> HubRef:

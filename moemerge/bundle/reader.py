@@ -170,12 +170,17 @@ class Bundle:
         """Names of all tensors in one of the bundle's files."""
         return set(self._headers[file])
 
-    @cached_property
-    def _headers(self) -> dict[str, dict[str, StoredTensor]]:
+    @property
+    def weight_files(self) -> list[str]:
+        """Every file that holds tensors, in order."""
         files = {layer.file for layer in self.manifest.layers}
         for name, variant in self.manifest.variants.items():
             files |= {*variant.tensors.values(), *residual_files(name, variant)}
-        return {file: read_header(self.folder / file) for file in sorted(files)}
+        return sorted(files)
+
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, StoredTensor]]:
+        return {file: read_header(self.folder / file) for file in self.weight_files}
 
     def _find(self, stored: dict[str, StoredTensor], file: str, name: str) -> StoredTensor:
         if name not in stored:

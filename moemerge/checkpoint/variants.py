@@ -107,6 +107,30 @@ def open_source(ref: SourceRef, *, offline: bool = False) -> Repository:
     return hub.find_cached(ref) if offline else hub.HubRepository(ref)
 
 
+def open_readable(
+    ref: SourceRef,
+    *,
+    offline: bool = False,
+    download: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Repository:
+    """The files that a reference names; pickles converted if allowed, weights downloaded if asked.
+
+    Raises:
+        MoemergeError: As `convert_pickles` and `hub.pull`.
+    """
+    repository = open_source(ref, offline=offline)
+    if allow_pickle and has_only_pickles(repository):
+        return _convert(repository, default_cache(), progress, download=download)
+    if isinstance(repository, LocalFolder) or not download:
+        return repository
+    # A checkpoint that cannot be read is not worth a download.
+    open_checkpoint(repository)
+    _check_room([repository], allow_pickle=allow_pickle)
+    return _pull(repository, progress)
+
+
 def look_at_repositories(refs: Sequence[HubRef], *, allow_pickle: bool = False) -> "list[HubRepository]":
     """Hub repositories, each checked by its configuration and headers; nothing is downloaded.
 

@@ -1,70 +1,166 @@
 """`moemerge show`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moemerge.cli.command import JsonOption, OfflineOption, print_findings, print_json
+from moemerge.cli.command import (
+    AllowPickleOption,
+    JsonOption,
+    OfflineOption,
+    QuietOption,
+    print_findings,
+    print_json,
+)
+from moemerge.cli.progress import show_progress
+from moemerge.errors import NotFound
 
 if TYPE_CHECKING:
+    from moemerge.bundle.listing import ListedTensor
+    from moemerge.bundle.opened import OpenedModel
     from moemerge.bundle.reader import Bundle
     from moemerge.checkpoint.checkpoint import Checkpoint
 
+_SIZES = ("expert_bytes", "non_expert_bytes")
+_NOT_IN_TABLE = ("kind", "dtype_bytes", "expert_share", "ties", "dropped", "parameters", "active_parameters")
+_MOST_DROPPED = 3
+
 
 def show(
-    reference: Annotated[str, typer.Argument(metavar="REF|BUNDLE", help="A checkpoint or a bundle.")],
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF|BUNDLE[:VARIANT]", help="A checkpoint, a bundle, or one of its variants."
+        ),
+    ],
+    tensors: Annotated[
+        str | None,
+        typer.Option("--tensors", metavar="GLOB", help="List tensors whose names match, such as '*router*'."),
+    ] = None,
     offline: OfflineOption = False,
+    allow_pickle: AllowPickleOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Tell what a checkpoint or bundle holds, from headers only.
 
-    Example: moemerge show examples/families/mini/base
+    --tensors lists what is in the files under the names it has there, also of a checkpoint that moemerge
+    does not read.
+
+    Example: moemerge show examples/families/mini/base --tensors "*embed*"
     """
+    from moemerge.bundle.listing import list_tensors
+    from moemerge.bundle.opened import variant_model
     from moemerge.bundle.reader import is_bundle, open_bundle
     from moemerge.checkpoint.checkpoint import open_checkpoint
-    from moemerge.checkpoint.variants import open_source
-    from moemerge.refs import FolderRef, parse_source
+    from moemerge.checkpoint.variants import open_readable
+    from moemerge.refs import FolderRef, VariantRef, parse_model
 
-    ref = parse_source(reference)
-    if isinstance(ref, FolderRef) and is_bundle(ref.path):
+    ref = parse_model(reference)
+    if tensors is not None:
+        with show_progress(quiet=quiet) as progress:
+            found = list_tensors(ref, offline=offline, allow_pickle=allow_pickle, progress=progress)
+        _show_tensors(found, tensors, as_json=as_json)
+    elif isinstance(ref, VariantRef):
+        _show_variant(variant_model(open_bundle(ref.folder), ref.variant), as_json=as_json)
+    elif isinstance(ref, FolderRef) and is_bundle(ref.path):
         _show_bundle(open_bundle(ref.path), as_json=as_json)
     else:
-        _show_checkpoint(open_checkpoint(open_source(ref, offline=offline)), as_json=as_json)
+        with show_progress(quiet=quiet) as progress:
+            files = open_readable(ref, offline=offline, allow_pickle=allow_pickle, progress=progress)
+        _show_checkpoint(open_checkpoint(files), as_json=as_json)
 
 
 def _show_checkpoint(checkpoint: "Checkpoint", *, as_json: bool) -> None:
-    from moemerge.checkpoint.sizes import format_size
-    from moemerge.cli.tables import print_table
+    from moemerge.bundle.opened import checkpoint_model
 
-    total = checkpoint.expert_bytes + checkpoint.other_bytes
-    facts = {
-        "family": checkpoint.family.model_type,
-        "routed_layers": len(checkpoint.routed_layers),
-        "experts_per_layer": checkpoint.num_experts,
-        "experts_per_token": checkpoint.settings["num_experts_per_token"],
-        "vocabulary": checkpoint.settings["vocab_size"],
-        "expert_layout": checkpoint.layout,
-        "tied_head": checkpoint.settings["tied_head"],
-        "expert_bytes": checkpoint.expert_bytes,
-        "non_expert_bytes": checkpoint.other_bytes,
-        "expert_share": round(checkpoint.expert_bytes / total, 6),
-        "dtype_bytes": checkpoint.dtype_bytes(),
-        "tensors": len(checkpoint.tensors) + sum(len(parts) for parts in checkpoint.experts.values()),
-    }
+    facts = _facts(checkpoint_model(checkpoint))
+    facts |= {"expert_layout": checkpoint.layout, "dropped": checkpoint.dropped}
     if as_json:
         print_json("show", {"kind": "checkpoint", **facts}, checkpoint.findings)
         return
-    sizes = {"expert_bytes", "non_expert_bytes"}
-    rows = [
-        [name.replace("_", " "), format_size(value) if name in sizes and isinstance(value, int) else value]
-        for name, value in facts.items()
-        if name not in ("dtype_bytes", "expert_share")
-    ]
-    dtypes = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in checkpoint.dtype_bytes().items())
-    rows += [["expert share", f"{checkpoint.expert_bytes / total:.1%}"], ["dtypes", dtypes]]
-    print_table(checkpoint.label, ["", ""], rows)
+    _print_facts(checkpoint.label, facts)
     print_findings(checkpoint.findings)
+
+
+def _show_variant(model: "OpenedModel", *, as_json: bool) -> None:
+    facts = _facts(model)
+    if as_json:
+        print_json("show", {"kind": "variant", **facts})
+    else:
+        _print_facts(model.label, facts)
+
+
+def _facts(model: "OpenedModel") -> dict[str, Any]:
+    total = model.expert_bytes + model.other_bytes
+    parameters, active = model.num_parameters()
+    return {
+        "family": model.family.model_type,
+        "layers": sum(1 for _ in model.family.stack_layers(model.settings)),
+        "routed_layers": len(model.family.routed_layers(model.settings)),
+        "experts_per_layer": model.num_experts,
+        "experts_per_token": model.settings.get("num_experts_per_token"),
+        "vocabulary": model.settings["vocab_size"],
+        "tied_head": bool(model.settings["tied_head"]),
+        "ties": model.ties(),
+        "expert_bytes": model.expert_bytes,
+        "non_expert_bytes": model.other_bytes,
+        "expert_share": round(model.expert_bytes / total, 6),
+        "parameters": parameters,
+        "active_parameters": active,
+        "dtype_bytes": model.dtype_bytes(),
+        "tensors": len(model.tensors),
+    }
+
+
+def _print_facts(label: str, facts: dict[str, Any]) -> None:
+    from moemerge.checkpoint.sizes import format_size
+    from moemerge.cli.tables import print_table
+
+    rows = [
+        [name.replace("_", " "), format_size(value) if name in _SIZES else value]
+        for name, value in facts.items()
+        if name not in _NOT_IN_TABLE
+    ]
+    ties = [f"{role} is {other}" for role, other in facts["ties"].items()]
+    dropped = [f"{name} ({reason})" for name, reason in facts.get("dropped", {}).items()]
+    rows += [
+        ["expert share", f"{facts['expert_share']:.1%}"],
+        [
+            "parameters",
+            f"{facts['parameters'] / 1e6:,.4g} M, {facts['active_parameters'] / 1e6:,.4g} M a token",
+        ],
+        ["dtypes", ", ".join(f"{dtype} {format_size(size)}" for dtype, size in facts["dtype_bytes"].items())],
+        *([["ties", ", ".join(ties)]] if ties else []),
+        *([["not kept", "; ".join(dropped[:_MOST_DROPPED])]] if dropped else []),
+    ]
+    print_table(label, ["", ""], rows)
+
+
+def _show_tensors(tensors: "list[ListedTensor]", pattern: str, *, as_json: bool) -> None:
+    from dataclasses import asdict
+    from fnmatch import fnmatchcase
+
+    from moemerge.checkpoint.sizes import format_size
+    from moemerge.cli.tables import print_table
+
+    found = [tensor for tensor in tensors if fnmatchcase(tensor.name, pattern)]
+    if not found:
+        raise NotFound(
+            f"--tensors {pattern!r}: none of {len(tensors)} tensors has such a name; "
+            f"the first is {tensors[0].name if tensors else 'missing'}. * stands for anything"
+        )
+    if as_json:
+        print_json("show", {"kind": "tensors", "pattern": pattern, "tensors": [asdict(t) for t in found]})
+        return
+    rows = [
+        [t.name, t.dtype, "x".join(map(str, t.shape)), format_size(t.nbytes), t.file or "computed"]
+        for t in found
+    ]
+    total = format_size(sum(tensor.nbytes for tensor in found))
+    title = f"{len(found)} of {len(tensors)} tensors, {total}"
+    print_table(title, ["tensor", "dtype", "shape", "size", "file"], rows)
 
 
 def _show_bundle(bundle: "Bundle", *, as_json: bool) -> None:

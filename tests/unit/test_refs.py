@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from moemerge.errors import InvalidRecipe
-from moemerge.refs import ExpertRef, FolderRef, HubRef, check_variant_name, parse_named_sources, parse_source
+from moemerge.refs import (
+    ExpertRef,
+    FolderRef,
+    HubRef,
+    VariantRef,
+    check_variant_name,
+    parse_model,
+    parse_named_sources,
+    parse_source,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +101,14 @@ def test_names_that_cannot_be_a_folder_everywhere_are_refused(name):
 @pytest.mark.parametrize("name", ["code", "Code-2", "base", "0", "a_b", "a" * 64])
 def test_ordinary_names_are_accepted(name):
     check_variant_name(name, taken={"other"})
+
+
+def test_variant_of_a_bundle_is_told_from_other_references(tmp_path):
+    assert parse_model("duo.moe:code") == VariantRef(Path("duo.moe"), "code")
+    assert parse_model("./a/duo.moe:code") == VariantRef(Path("a/duo.moe"), "code")
+    assert parse_model("~/duo.moe:code") == VariantRef(Path.home() / "duo.moe", "code")
+    assert parse_model("hf://org/name") == HubRef("org/name")
+    assert parse_model("org/name@v1") == HubRef("org/name", "v1")
+    assert parse_model("C:\\models\\base") == FolderRef(Path("C:\\models\\base"))
+    (tmp_path / "odd:name").mkdir()
+    assert parse_model("odd:name") == FolderRef(Path("odd:name"))
