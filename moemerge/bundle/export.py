@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from moemerge.bundle.coded import StoredMatrix, StoredResidual, assemble
 from moemerge.bundle.reader import Bundle
 from moemerge.bundle.target import building, check_target
@@ -41,12 +43,16 @@ class EffectivePart:
         """Bytes of the sum."""
         return math.prod(self.pool.shape) * DTYPE_BYTES[self.dtype]
 
+    def compute(self, reader: TensorReader) -> Tensor:
+        """The sum."""
+        residual = self.residual.assemble(reader.read) if self.residual else None
+        return effective(assemble(self.pool, reader.read), residual, TORCH_DTYPES[self.dtype])
+
     def to_write(self, name: str, reader: TensorReader) -> TensorToWrite:
         """The sum under that name, computed when it is written."""
 
         def chunks() -> Iterator[memoryview]:
-            residual = self.residual.assemble(reader.read) if self.residual else None
-            value = effective(assemble(self.pool, reader.read), residual, TORCH_DTYPES[self.dtype])
+            value = self.compute(reader)
             if not value.isfinite().all():
                 raise DamagedBundle(f"{name}: what is stored for it gives NaN or infinity in {self.dtype}")
             yield bytes_of(value)

@@ -14,7 +14,7 @@ from moemerge.bundle.reader import Bundle, is_bundle, open_bundle
 from moemerge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moemerge.checkpoint.family import Family, Settings
 from moemerge.checkpoint.headers import StoredTensor
-from moemerge.checkpoint.side_files import side_files
+from moemerge.checkpoint.side_files import licence_files, side_files
 from moemerge.checkpoint.variants import open_readable
 from moemerge.progress import Progress
 from moemerge.refs import FolderRef, SourceRef, VariantRef
@@ -32,7 +32,7 @@ class OpenedModel:
         family: Its description.
         settings: Canonical settings, complete.
         tensors: By canonical name.
-        files: Places of configuration, tokenizer and template by name, as far as they are local.
+        files: Places of configuration, tokenizer, template and licence by name, as far as they are local.
     """
 
     label: str
@@ -118,7 +118,8 @@ def checkpoint_model(checkpoint: Checkpoint) -> OpenedModel:
     tensors: dict[str, Exported] = dict(checkpoint.tensors)
     for (layer, slot), parts in checkpoint.experts.items():
         tensors |= {expert_name(layer, slot, part): tensor for part, tensor in parts.items()}
-    places = {name: checkpoint.side_file(name) for name in side_files(checkpoint.repository)}
+    names = [*side_files(checkpoint.repository), *licence_files(checkpoint.repository)]
+    places = {name: checkpoint.side_file(name) for name in names}
     files = {name: path for name, path in places.items() if path}
     return OpenedModel(checkpoint.label, checkpoint.family, checkpoint.settings, tensors, files)
 

@@ -11,6 +11,7 @@ from moemerge.cli import (
     chat,
     compare,
     demo,
+    diff,
     evaluate,
     export,
     merge,
@@ -61,7 +62,7 @@ _BUILT_IN = {"evaluate": "eval"}
 
 for module in (
     pull, show, similarity, calibrate, plan, merge, report, verify, evaluate, compare, export, run, chat,
-    serve, bench, demo,
+    serve, bench, demo, diff,
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     shown = _BUILT_IN.get(name, name)

@@ -7,9 +7,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -29,7 +27,7 @@ from moemerge.errors import (
     UnsupportedCheckpoint,
 )
 from moemerge.refs import FolderRef, HubRef
-from tests.e2e.hub_server import Cut, HubServer
+from tests.e2e.hub_server import Cut
 from tests.factories import edit_json, read_canonical, write_checkpoint, write_siblings
 
 
@@ -47,34 +45,6 @@ class Recorder:
     def advance(self, num_bytes: int) -> None:
         assert num_bytes > 0
         self.done[-1] += num_bytes
-
-
-@pytest.fixture(scope="module")
-def session():
-    """The client's connections, which take a tenth of a second to set up."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        huggingface_hub.close_session()
-        huggingface_hub.get_session()
-        yield
-    huggingface_hub.close_session()
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch, session):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    # The client waits seconds between attempts.
-    waits: list[float] = []
-    for module in ("file_download", "utils._http"):
-        monkeypatch.setattr(
-            f"huggingface_hub.{module}.time", SimpleNamespace(sleep=waits.append, time=lambda: 0.0)
-        )
-    with HubServer() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        yield running
 
 
 def header_bytes(path: Path) -> int:
