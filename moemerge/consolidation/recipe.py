@@ -21,7 +21,7 @@ from moemerge.errors import Finding, InvalidRecipe, MoemergeError, NotFound, lis
 from moemerge.refs import check_variant_name, parse_repository, parse_source
 
 SCHEMA = "moemerge/recipe@1"
-_KINDS: dict[str, type] = {
+KINDS: dict[str, type] = {
     "schema": str,
     "variants": dict,
     "base": str,
@@ -30,8 +30,9 @@ _KINDS: dict[str, type] = {
     "within": bool,
     "max_ram": str,
 }
+"""What the value of each key is."""
 _KIND_NAMES = {str: "text", dict: "names and references", bool: "true or false"}
-_REQUIRED = ("schema", "variants", "budget")
+REQUIRED = ("schema", "variants", "budget")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,14 +134,14 @@ def _load(path: Path) -> Any:
 def _check_keys(raw: Any, path: Path) -> list[Finding]:
     findings = []
     for key, value in raw.items():
-        if key not in _KINDS:
-            close = difflib.get_close_matches(str(key), _KINDS, n=1, cutoff=0.5)
-            fix = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(_KINDS)}"
+        if key not in KINDS:
+            close = difflib.get_close_matches(str(key), KINDS, n=1, cutoff=0.5)
+            fix = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(KINDS)}"
             findings.append(_error(_where(path, raw, key), f"unknown key {key!r}", fix=fix))
-        elif not isinstance(value, _KINDS[key]):
-            expected = _KIND_NAMES[_KINDS[key]]
+        elif not isinstance(value, KINDS[key]):
+            expected = _KIND_NAMES[KINDS[key]]
             findings.append(_error(_where(path, raw, key), f"{key} is {value!r}", expected=expected))
-    findings += [_error(str(path), f"no {key!r}", fix="Add it") for key in _REQUIRED if key not in raw]
+    findings += [_error(str(path), f"no {key!r}", fix="Add it") for key in REQUIRED if key not in raw]
     return findings
 
 
@@ -173,7 +174,7 @@ def _check_values(raw: Any, path: Path) -> list[Finding]:
     return [
         finding
         for key, check in checks.items()
-        if isinstance(raw.get(key), _KINDS[key])
+        if isinstance(raw.get(key), KINDS[key])
         for finding in _problem(_where(path, raw, key), check, raw[key])
     ]
 
