@@ -14,11 +14,13 @@ from moemerge.cli import (
     diff,
     evaluate,
     export,
+    families,
     merge,
     plan,
     pull,
     report,
     run,
+    schema,
     serve,
     show,
     similarity,
@@ -62,7 +64,7 @@ _BUILT_IN = {"evaluate": "eval"}
 
 for module in (
     pull, show, similarity, calibrate, plan, merge, report, verify, evaluate, compare, export, run, chat,
-    serve, bench, demo, diff,
+    serve, bench, demo, diff, families, schema,
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     shown = _BUILT_IN.get(name, name)
