@@ -15,6 +15,7 @@ from moemerge.cli import (
     evaluate,
     export,
     families,
+    init,
     merge,
     plan,
     pull,
@@ -63,8 +64,8 @@ _BUILT_IN = {"evaluate": "eval"}
 """Commands whose names are built-in functions', which no function of ours replaces."""
 
 for module in (
-    pull, show, similarity, calibrate, plan, merge, report, verify, evaluate, compare, export, run, chat,
-    serve, bench, demo, diff, families, schema,
+    init, pull, show, diff, similarity, calibrate, plan, merge, report, verify, evaluate, compare, export,
+    run, chat, serve, bench, demo, families, schema,
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     shown = _BUILT_IN.get(name, name)

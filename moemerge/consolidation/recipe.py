@@ -105,7 +105,7 @@ def read_recipe(path: Path) -> MergeTask:
         NotFound: No such file.
         InvalidRecipe: With every problem of the file, each with its line.
     """
-    raw = _load(path)
+    raw = read_yaml(path)
     findings = [*_check_keys(raw, path), *_check_variants(raw, path), *_check_values(raw, path)]
     if findings:
         raise InvalidRecipe(list_findings(findings, str(path)), findings)
@@ -117,7 +117,13 @@ def read_recipe(path: Path) -> MergeTask:
     )
 
 
-def _load(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Keys and values of a YAML file, which know their lines.
+
+    Raises:
+        NotFound: No such file.
+        InvalidRecipe: It cannot be read, or is something else.
+    """
     try:
         raw = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
