@@ -1,7 +1,7 @@
 """Checkpoints on the Hugging Face hub: look before downloading, then download only what is needed.
 
-The only module that talks to a network. A commit is resolved once and everything after is pinned to
-it. Files that were fetched completely are never fetched again; an interrupted file starts anew.
+Only this module and `hub_upload` talk to a network. A commit is resolved once and everything after is
+pinned to it. Files that were fetched completely are never fetched again; an interrupted file starts anew.
 """
 
 import os
@@ -64,7 +64,7 @@ class HubRepository:
 
     def __init__(self, ref: HubRef) -> None:
         self.ref = ref
-        api = HfApi(endpoint=_endpoint())
+        api = HfApi(endpoint=endpoint())
         with translated(str(ref)):
             timeout = constants.HF_HUB_ETAG_TIMEOUT
             info = api.model_info(ref.repository, revision=ref.revision, timeout=timeout)
@@ -100,7 +100,7 @@ class HubRepository:
                     self.ref.repository,
                     name,
                     revision=self.commit,
-                    endpoint=_endpoint(),
+                    endpoint=endpoint(),
                     tqdm_class=tqdm_class or _Quiet,
                 )
             )
@@ -123,7 +123,7 @@ class HubRepository:
         return (_cache_folder(repository) / "blobs" / blob).exists()
 
     def _read_range(self, name: str, start: int, count: int) -> bytes:
-        url = hf_hub_url(self.ref.repository, name, revision=self.commit, endpoint=_endpoint())
+        url = hf_hub_url(self.ref.repository, name, revision=self.commit, endpoint=endpoint())
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + count - 1}"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         received = bytearray()
@@ -284,7 +284,8 @@ def _cache_folder(repository: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
 
 
-def _endpoint() -> str | None:
+def endpoint() -> str | None:
+    """Address of the hub; None for the client's default."""
     return os.environ.get("HF_ENDPOINT") or None
 
 

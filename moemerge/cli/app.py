@@ -19,6 +19,7 @@ from moemerge.cli import (
     merge,
     plan,
     pull,
+    push,
     report,
     run,
     schema,
@@ -65,7 +66,7 @@ _BUILT_IN = {"evaluate": "eval"}
 
 for module in (
     init, pull, show, diff, similarity, calibrate, plan, merge, report, verify, evaluate, compare, export,
-    run, chat, serve, bench, demo, families, schema,
+    push, run, chat, serve, bench, demo, families, schema,
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     shown = _BUILT_IN.get(name, name)

@@ -104,7 +104,7 @@ def stop_code(stop: BaseException) -> int:
 
 def _what_is_left(name: str, options: dict[str, Any]) -> str:
     """What a stopped command leaves, for those who would start it again."""
-    if name in ("merge", "pull", "calibrate", "compare") or (name == "run" and options.get("source")):
+    if name in ("merge", "pull", "push", "calibrate", "compare") or (name == "run" and options.get("source")):
         return _RESUMABLE
     return "" if name in ("run", "chat", "serve") else _STOPPED
 

@@ -1,4 +1,4 @@
-"""A hub on the loopback interface: the part of the HTTP API that downloads use.
+"""A hub on the loopback interface: the part of the HTTP API that downloads use, and uploads beside it.
 
 Serves folders as repositories with commits, branches, gates and broken connections, and counts the
 bytes of every file that it sends. Large files are answered, as the real hub does, with a redirect to
@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.e2e.hub_uploads import Uploads
 
 LARGE = (".safetensors", ".bin")
 TREE_PAGE = 5
@@ -53,6 +55,10 @@ class HubServer:
         self.cuts: dict[str, Cut] = {}
         self.delay_s = 0.0
         self.ignore_ranges = False
+        self.token = "hf_of_the_tests"
+        self.private: dict[str, bool] = {}
+        self.stored: dict[str, bytes] = {}
+        self.refused_uploads = 0
         self.on_headers: Callable[[str, Message], object] = lambda path, headers: None
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
@@ -110,8 +116,12 @@ def _etag(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def _handler_for(hub: HubServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+def _handler_for(server: HubServer) -> type[BaseHTTPRequestHandler]:
+    hub = server
+
+    class Handler(Uploads):
+        hub = server
+        large = LARGE
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
 
@@ -130,7 +140,9 @@ def _handler_for(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             hub.requests.append(f"{self.command} {path}")
             time.sleep(hub.delay_s)
             hub.on_headers(path, self.headers)
-            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            if path == "/api/whoami-v2":
+                self._whoami()
+            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
                 self._model_info(match[1], match[2] or "main")
             elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
                 self._tree(match[1], match[2], parse_qs(url.query))
@@ -141,6 +153,12 @@ def _handler_for(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self._send_file(f"{match[1]}/{match[3]}", raw, {"ETag": f'"{_etag(raw)}"'})
             else:
                 self._refuse(404, "", "no such page")
+
+        def _whoami(self) -> None:
+            if self.headers.get("Authorization") == f"Bearer {hub.token}":
+                self._send_json({"type": "user", "name": "tester", "orgs": []})
+            else:
+                self._refuse(401, "", "Invalid username or password.")
 
         def _find(self, name: str, revision: str) -> tuple[ServedRepository, str] | None:
             repository = hub.repositories.get(name)
@@ -166,12 +184,14 @@ def _handler_for(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if not (found := self._find(name, revision)):
                 return
             repository, commit = found
-            entries = [self._entry(*item) for item in repository.commits[commit].items()]
+            files = repository.commits[commit].items()
+            everything = query.get("recursive", ["False"])[0].lower() == "true"
+            entries = [self._entry(*item) for item in files if everything or "/" not in item[0]]
             first = int(query.get("cursor", ["0"])[0])
             headers = {}
             if first + TREE_PAGE < len(entries):
-                following = f"{hub.url}/api/models/{name}/tree/{revision}?cursor={first + TREE_PAGE}"
-                headers["Link"] = f'<{following}>; rel="next"'
+                page = f"recursive={everything}&cursor={first + TREE_PAGE}"
+                headers["Link"] = f'<{hub.url}/api/models/{name}/tree/{revision}?{page}>; rel="next"'
             self._send_json(entries[first : first + TREE_PAGE], headers)
 
         def _entry(self, path: str, raw: bytes) -> dict[str, Any]:
