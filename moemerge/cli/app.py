@@ -12,6 +12,7 @@ from moemerge.cli import (
     compare,
     demo,
     diff,
+    doctor,
     evaluate,
     export,
     families,
@@ -66,7 +67,7 @@ _BUILT_IN = {"evaluate": "eval"}
 
 for module in (
     init, pull, show, diff, similarity, calibrate, plan, merge, report, verify, evaluate, compare, export,
-    push, run, chat, serve, bench, demo, families, schema,
+    push, run, chat, serve, bench, demo, families, schema, doctor,
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     shown = _BUILT_IN.get(name, name)
