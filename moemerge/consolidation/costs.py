@@ -130,13 +130,16 @@ def probe(slot: Slot, number: int) -> float:
 
 
 def measure_factors(slots: Sequence[Slot], ladder: Ladder, operator: str = "mean") -> Factors:
-    """What codes do, measured on some slots of a layer, each time on one of their experts in turn."""
+    """What codes do, measured on some slots of a layer.
+
+    Each time on one expert: in turn for own ones, the one that sharing harms most for shared ones.
+    """
     seen = _Seen()
     for turn, slot in enumerate(slots):
         number = turn % len(slot.members)
         _measure_own(slot, number, ladder, seen)
         if len(slot.members) > 1:
-            _measure_shared(slot, number, ladder, operator, seen)
+            _measure_shared(slot, ladder, operator, seen)
     return Factors(
         {PLAIN: 0.0, **_filled(seen.own, ladder.pool)},
         {PLAIN: 0.0, **_filled(seen.pool, ladder.pool)},
@@ -234,10 +237,12 @@ def _measure_own(slot: Slot, number: int, ladder: Ladder, seen: _Seen) -> None:
         seen.own.setdefault(name, []).append(slot.damage(number, coded) / probed)
 
 
-def _measure_shared(slot: Slot, number: int, ladder: Ladder, operator: str, seen: _Seen) -> None:
+def _measure_shared(slot: Slot, ladder: Ladder, operator: str, seen: _Seen) -> None:
     centre = OPERATORS[operator].make(slot.cluster(tuple(range(len(slot.members)))))
     moments = add_part_moments([member.moments for member in slot.members])
-    sharing, probed = slot.damage(number, centre), max(probe(slot, number), _TINY)
+    # Operators that take a member harm that one not at all.
+    sharing, number = max((slot.damage(n, centre), n) for n in range(len(slot.members)))
+    probed = max(probe(slot, number), _TINY)
     coarsest, rounding = centre, 0.0
     for name, code in _measured(ladder.pool, _MEASURED_POOL_BITS).items():
         coded = _dense(encode(centre, code, moments))
