@@ -63,7 +63,8 @@ def check_environment(*, offline: bool = False) -> list[Check]:
 
 def _check_program() -> Iterator[Check]:
     where = Path(__file__).parents[1]
-    found = f"{__version__} in {where}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    machine = f"{platform.system()} {platform.machine()}"
+    found = f"{__version__} in {where}, Python {platform.python_version()}, {machine}"
     yield _ok("moemerge", found)
 
 

@@ -86,12 +86,19 @@ class StoredLowRank:
 
 
 StoredMatrix = StoredTensor | StoredCodes
+"""Also of a bias, which is never coded."""
 StoredResidual = StoredCodes | StoredLowRank
 
 
 def assemble(matrix: StoredMatrix, read: Callable[[StoredTensor], Tensor]) -> Matrix:
     """The matrix, of tensors as `read` gives them."""
     return read(matrix) if isinstance(matrix, StoredTensor) else matrix.assemble(read)
+
+
+def plain_parts(parts: Mapping[str, StoredMatrix]) -> Mapping[str, StoredTensor] | None:
+    """The parts of an expert none of which is coded; None of one that is."""
+    plain = {part: place for part, place in parts.items() if isinstance(place, StoredTensor)}
+    return plain if len(plain) == len(parts) else None
 
 
 def find_codes(spec: CodeSpec, shape: tuple[int, int], find: Find) -> StoredCodes:

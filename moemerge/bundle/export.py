@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moemerge.bundle.coded import StoredMatrix, StoredResidual, assemble
+from moemerge.bundle.coded import StoredMatrix, StoredResidual, assemble, plain_parts
 from moemerge.bundle.reader import Bundle
 from moemerge.bundle.target import building, check_target
 from moemerge.checkpoint.disk import check_disk
@@ -128,12 +128,13 @@ def effective_parts(bundle: Bundle, variant: str, layer_index: int) -> list[dict
     slots: list[dict[str, Exported]] = []
     for index, residual in zip(bundle.variant(variant).maps[layer_index], residuals, strict=True):
         parts: dict[str, Exported] = {}
+        plain = plain_parts(pool[index])
+        if plain and residual is None:
+            slots.append({**plain})
+            continue
+        assert dtype is not None, "the manifest names it where something is to be computed"
         for part, matrix in pool[index].items():
-            if isinstance(matrix, StoredTensor) and residual is None:
-                parts[part] = matrix
-            else:
-                assert dtype is not None, "the manifest names it where something is to be computed"
-                parts[part] = EffectivePart(matrix, residual[part] if residual else None, dtype)
+            parts[part] = EffectivePart(matrix, residual.get(part) if residual else None, dtype)
         slots.append(parts)
     return slots
 

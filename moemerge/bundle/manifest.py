@@ -247,6 +247,11 @@ class Manifest(_Header):
     provenance: Provenance
 
     @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Shapes of the parts that are matrices, which alone are ever coded; the others are biases."""
+        return {part: (shape[0], shape[1]) for part, shape in self.parts.items() if len(shape) == 2}
+
+    @property
     def bytes_ratio(self) -> float:
         """Expert bytes, pool, residuals and maps, over the expert bytes of one variant."""
         maps = map_bytes(len(self.variants), len(self.layers), self.num_slots)
@@ -289,7 +294,7 @@ class Manifest(_Header):
         for index in sorted(coded):
             if layers[index].dtype is None:
                 raise ValueError(f"layer {index}: no dtype of effective experts")
-        columns = [shape[-1] for shape in self.parts.values() if shape]
+        columns = [shape[1] for shape in self.matrices.values()]
         if any(spec.bits < 8 for spec in specs) and any(count % COLUMN_MULTIPLE for count in columns):
             raise ValueError(f"codes of less than 8 bits need a multiple of {COLUMN_MULTIPLE} columns")
         return self

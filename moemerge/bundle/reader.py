@@ -12,6 +12,7 @@ from moemerge.bundle.coded import (
     assemble,
     find_codes,
     find_residual,
+    plain_parts,
 )
 from moemerge.bundle.layout import pool_tensor, residual_file, residual_tensor
 from moemerge.bundle.manifest import Manifest, PoolLayer, VariantEntry, read_manifest
@@ -86,9 +87,9 @@ class Bundle:
                 found.append(None)
                 continue
             parts: ResidualParts = {}
-            for part, (num_rows, num_columns) in self.manifest.parts.items():
+            for part, shape in self.manifest.matrices.items():
                 find = partial(self._claim, stored, file, residual_tensor(slot, part))
-                parts[part] = find_residual(spec, (num_rows, num_columns), find)
+                parts[part] = find_residual(spec, shape, find)
             found.append(parts)
         self._refuse_unknown(stored, file)
         return found
@@ -191,14 +192,16 @@ class Bundle:
         """Places of a pool expert's parts; takes their names out of `unclaimed`."""
         spec = layer.code(number)
         parts: PoolParts = {}
-        for part, (num_rows, num_columns) in self.manifest.parts.items():
-            name, shape = pool_tensor(number, part), (num_rows, num_columns)
-            if spec is None:
+        matrices = self.manifest.matrices
+        for part, shape in self.manifest.parts.items():
+            name = pool_tensor(number, part)
+            if spec is None or part not in matrices:
                 parts[part] = plain = self._find(self._headers[layer.file], layer.file, name)
-                self._check_shape(plain, shape)
+                self._check_shape(plain, tuple(shape))
                 unclaimed.discard(name)
             else:
-                parts[part] = find_codes(spec, shape, partial(self._claim, unclaimed, layer.file, name))
+                find = partial(self._claim, unclaimed, layer.file, name)
+                parts[part] = find_codes(spec, matrices[part], find)
         return parts
 
     def _claim(
@@ -243,8 +246,8 @@ def expert_dtypes(bundle: Bundle, index: int) -> set[torch.dtype]:
         UnsupportedCheckpoint: A dtype that moemerge does not compute with.
     """
     layer = bundle.layer(index)
-    places = [matrix for parts in bundle.pool(index) for matrix in parts.values()]
-    plain = {torch_dtype(place) for place in places if isinstance(place, StoredTensor)}
+    experts = [plain_parts(parts) or {} for parts in bundle.pool(index)]
+    plain = {torch_dtype(place) for parts in experts for place in parts.values()}
     return plain | {effective_dtype(layer)} if layer.dtype else plain
 
 

@@ -40,7 +40,7 @@ def write_pool(
     Args:
         folder: The bundle, or its staging folder.
         layer_index: Counted through all stacks.
-        experts: Parts by name, in pool order; those of one expert are all plain or all coded alike.
+        experts: Parts by name, in pool order; matrices of one expert are all plain or all coded alike.
         advance: Told of the bytes written.
 
     Returns:

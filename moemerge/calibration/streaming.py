@@ -116,6 +116,11 @@ class StreamedWeights:
         self._done(role)
         return product
 
+    def add(self, role: str, hidden_TD: Tensor) -> Tensor:
+        """See `Weights.add`."""
+        self._done(role)
+        return hidden_TD + self._source.stored(role).to(hidden_TD.dtype)
+
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
         """See `Weights.norm`."""
         self._done(role)

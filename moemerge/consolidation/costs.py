@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from moemerge.bundle.manifest import CodeSpec
@@ -30,9 +31,10 @@ from moemerge.consolidation.ladder import (
     code_size,
     encode,
     encode_residual,
+    residual_size,
 )
 from moemerge.consolidation.operators import OPERATORS, Cluster, Member
-from moemerge.models.packed import PackedMatrix
+from moemerge.models.packed import Matrix, effective
 
 _PROBE_BITS, _PROBE_GROUP = 4, 64
 _RACE_INPUTS = 128
@@ -121,11 +123,11 @@ def race(slot: Slot, numbers: Members, operators: Iterable[str]) -> Shared:
 
 def probe(slot: Slot, number: int) -> float:
     """Damage of a variant when its expert is plainly rounded to four bits."""
-    parts = slot.members[number].matrices
-    rounded = {
-        part: round_nearest(matrix, _PROBE_BITS, _PROBE_GROUP, search=False).dense()
-        for part, matrix in parts.items()
-    }
+    member = slot.members[number]
+    rounded = dict(member.matrices)
+    for part in member.moments:
+        matrix = member.matrices[part]
+        rounded[part] = round_nearest(matrix, _PROBE_BITS, _PROBE_GROUP, search=False).dense()
     return slot.damage(number, rounded)
 
 
@@ -165,7 +167,7 @@ def residual_shares(
     shares = {}
     for name, code in measured.items():
         added = encode_residual(missing, code, member.moments)
-        repaired = {part: matrix + added[part].dense() for part, matrix in stored.items()}
+        repaired = {**stored, **{part: stored[part] + matrix.dense() for part, matrix in added.items()}}
         shares[name] = [min(1.0, slot.damage(number, repaired) / max(whole, _TINY))]
     return _filled(shares, residuals)
 
@@ -193,7 +195,7 @@ def slot_costs(
         plain_bytes: Of an expert as it is.
     """
     pool_bytes = {name: code_size(code, shapes, plain_bytes) for name, code in ladder.pool.items()}
-    residual_bytes = {name: code_size(code, shapes, 0) for name, code in ladder.residuals.items()}
+    residual_bytes = {name: residual_size(code, shapes) for name, code in ladder.residuals.items()}
     costs: dict[Members, ClusterCosts] = {}
     for numbers in {numbers for partition in partitions for numbers in partition}:
         if len(numbers) == 1:
@@ -290,5 +292,5 @@ def _bits(code: CodeSpec | None) -> int:
     return code.bits
 
 
-def _dense(coded: Mapping[str, PackedMatrix]) -> dict[str, Tensor]:
-    return {part: matrix.dense() for part, matrix in coded.items()}
+def _dense(coded: Mapping[str, Matrix]) -> dict[str, Tensor]:
+    return {part: effective(matrix, None, torch.float32) for part, matrix in coded.items()}

@@ -49,7 +49,7 @@ def encode_expert(evidence: Evidence, layer: PlannedLayer, planned: PlannedExper
         parts = {part: matrix.to(dtype) for part, matrix in merged.items()}
     else:
         moments = add_part_moments([members[ref].moments for ref in different])
-        parts = dict(encode(merged, planned.code, moments))
+        parts = encode(merged, planned.code, moments)
     residuals: dict[Ref, Mapping[str, Residual]] = {}
     errors = {}
     for ref, member in members.items():
@@ -116,7 +116,7 @@ def _error(
     squared = norm = 0.0
     for part, matrix in parts.items():
         own = member.matrices[part]
-        stands = effective(matrix, residual[part] if residual else None, dtype).float()
+        stands = effective(matrix, residual.get(part) if residual else None, dtype).float()
         squared += float((stands - own).square().sum())
         norm += float(own.square().sum())
     return (squared / norm) ** 0.5 if norm else 0.0

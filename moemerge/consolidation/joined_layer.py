@@ -129,10 +129,10 @@ def _stand_in(
     dtype: torch.dtype,
 ) -> tuple[dict[str, Residual] | None, float]:
     """The residual to a pool expert that was there, if there is to be one, and the error that is left."""
-    plain = {matrix.dtype for matrix in parts.values() if isinstance(matrix, torch.Tensor)}
-    if plain and choice.residual is None:
+    plain = [matrix.dtype for matrix in parts.values() if isinstance(matrix, torch.Tensor)]
+    if choice.residual is None and len(plain) == len(parts):
         # Nothing is added up: the pool expert is computed with as it is.
-        (dtype,) = plain
+        dtype = plain[0]
     return encode_against(load_member(evidence, layer_index, (name, slot)), parts, choice.residual, dtype)
 
 
@@ -145,4 +145,4 @@ def _own(
         return {part: stored_tensor(part, tensor, evidence.reader) for part, tensor in stored.items()}, 0.0
     member = load_member(evidence, layer_index, (name, slot))
     coded = encode(member.matrices, code, member.moments)
-    return coded, encode_against(member, coded, None, dtype)[1]
+    return to_write(coded), encode_against(member, coded, None, dtype)[1]

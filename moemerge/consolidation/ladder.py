@@ -12,7 +12,7 @@ from moemerge.bundle.manifest import FACTOR_BITS, CodeSpec
 from moemerge.consolidation.codes.low_rank import factorise
 from moemerge.consolidation.codes.moments import Moment
 from moemerge.consolidation.codes.rounding import round_together
-from moemerge.models.packed import COLUMN_MULTIPLE, PackedMatrix, Residual
+from moemerge.models.packed import COLUMN_MULTIPLE, Matrix, PackedMatrix, Residual
 
 PLAIN = "plain"
 """A pool expert in the dtype of its sources."""
@@ -23,7 +23,10 @@ _RESIDUAL_BITS = (1, 2, 3, 4)
 _RESIDUAL_RANKS = (4, 16)
 _GROUP = 64
 
-Shapes = Mapping[str, tuple[int, int]]
+BIAS_BYTES = 4
+"""Of an entry of a bias: those of coded experts stay uncoded, in float32."""
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,10 @@ class Ladder:
 
 
 def ladder_of(shapes: Shapes) -> Ladder:
-    """Every rung that matrices of these shapes [rows, columns] can stand on, finest pool code first."""
-    fits = all(columns % COLUMN_MULTIPLE == 0 for _, columns in shapes.values())
-    narrow = min(min(shape) for shape in shapes.values())
+    """Every rung that an expert with parts of these shapes can stand on, finest pool code first."""
+    matrices = _matrices(shapes)
+    fits = all(columns % COLUMN_MULTIPLE == 0 for _, columns in matrices)
+    narrow = min(map(min, matrices))
     # One scale a row is what the packed products of eight bits take.
     pool = {"8-bit": bits_code(8, None)}
     pool |= {f"{bits}-bit": bits_code(bits, _GROUP) for bits in _POOL_BITS if fits}
@@ -65,13 +69,28 @@ def code_size(code: CodeSpec | None, shapes: Shapes, plain_bytes: int) -> int:
     """Bytes that an expert of these shapes takes in a code; `plain_bytes` without one."""
     if code is None:
         return plain_bytes
-    return sum(code.part_bytes(*shape) for shape in shapes.values())
+    biases = sum(BIAS_BYTES * shape[0] for shape in shapes.values() if len(shape) == 1)
+    return residual_size(code, shapes) + biases
 
 
-def encode(
+def residual_size(code: CodeSpec | None, shapes: Shapes) -> int:
+    """Bytes that a residual of an expert of these shapes takes: of its matrices alone."""
+    return sum(code.part_bytes(*shape) for shape in _matrices(shapes)) if code else 0
+
+
+def _matrices(shapes: Shapes) -> list[tuple[int, int]]:
+    return [(shape[0], shape[1]) for shape in shapes.values() if len(shape) == 2]
+
+
+def encode(parts: Mapping[str, Tensor], code: CodeSpec, moments: Mapping[str, Moment]) -> dict[str, Matrix]:
+    """An expert's float32 matrices in few bits, with feedback from moments of their inputs, and biases."""
+    coded = _round(parts, code, moments)
+    return {part: coded.get(part, matrix) for part, matrix in parts.items()}
+
+
+def _round(
     parts: Mapping[str, Tensor], code: CodeSpec, moments: Mapping[str, Moment]
 ) -> dict[str, PackedMatrix]:
-    """An expert's float32 matrices in few bits, with feedback from the moments of their inputs."""
     coded: dict[str, PackedMatrix] = {}
     for together in _by_inputs(parts, moments):
         matrices = [parts[part] for part in together]
@@ -79,22 +98,23 @@ def encode(
         coded |= dict(
             zip(together, round_together(matrices, code.bits, group, moments[together[0]]), strict=True)
         )
-    return {part: coded[part] for part in parts}
+    return {part: coded[part] for part in parts if part in coded}
 
 
 def _by_inputs(parts: Mapping[str, Tensor], moments: Mapping[str, Moment]) -> list[list[str]]:
-    """Names of parts, those with one moment together."""
+    """Names of matrices, those with one moment together."""
     found: dict[int, list[str]] = {}
     for part in parts:
-        found.setdefault(id(moments[part]), []).append(part)
+        if part in moments:
+            found.setdefault(id(moments[part]), []).append(part)
     return list(found.values())
 
 
 def encode_residual(
     parts: Mapping[str, Tensor], code: CodeSpec, moments: Mapping[str, Moment]
 ) -> dict[str, Residual]:
-    """What is missing of an expert, float32, in a residual's code."""
+    """What is missing of an expert's matrices, float32, in a residual's code; biases are not corrected."""
     if code.kind == "bits":
-        return dict(encode(parts, code, moments))
+        return dict(_round(parts, code, moments))
     assert code.rank is not None
-    return {part: factorise(matrix, code.rank, moments[part]) for part, matrix in parts.items()}
+    return {part: factorise(parts[part], code.rank, moments[part]) for part in parts if part in moments}

@@ -12,7 +12,7 @@ from moemerge.calibration.random_inputs import random_statistics
 from moemerge.calibration.statistics import LayerStatistics
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.evidence import LayerRecord
-from moemerge.consolidation.ladder import Ladder, Shapes, code_size, ladder_of
+from moemerge.consolidation.ladder import Ladder, Shapes, ladder_of, residual_size
 from moemerge.consolidation.plan import PlannedExpert, PlannedLayer
 from moemerge.consolidation.spending import Prices, Spending, Stored, predicted_loss, spend, trade_off
 
@@ -110,10 +110,7 @@ class MeasuredPlan:
 def ladder_for(variants: VariantSet) -> tuple[Ladder, Shapes]:
     """The codes that the experts of these variants can take, and the experts' shapes."""
     first = variants.first
-    shapes: dict[str, tuple[int, int]] = {}
-    for part in first.family.experts.parts:
-        rows, columns = first.family.part_shape(part, first.settings)
-        shapes[part] = (rows, columns)
+    shapes = {part: first.family.part_shape(part, first.settings) for part in first.family.experts.parts}
     return ladder_of(shapes), shapes
 
 
@@ -188,7 +185,7 @@ def _planned_layer(
 
 def _residual_bytes(spending: Spending, shapes: Shapes) -> int:
     return sum(
-        code_size(code, shapes, 0) * len(refs)
+        residual_size(code, shapes) * len(refs)
         for layer in spending.layers
         for one in layer
         for refs, code in zip(one.owners, one.residuals, strict=True)

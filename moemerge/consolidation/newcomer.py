@@ -20,7 +20,7 @@ from moemerge.consolidation.allocation import ClusterCosts, Point, SlotCosts, al
 from moemerge.consolidation.budget import Budget, refuse_budget
 from moemerge.consolidation.costs import Slot, measure_factors, probe, residual_shares
 from moemerge.consolidation.evidence import Evidence
-from moemerge.consolidation.ladder import NONE, PLAIN, Ladder, Shapes, code_size
+from moemerge.consolidation.ladder import NONE, PLAIN, Ladder, Shapes, code_size, residual_size
 from moemerge.models.packed import Matrix, effective
 from moemerge.similarity.saliency import find_super_experts
 
@@ -222,7 +222,7 @@ def _hull(record: LayerRecord, slot: SlotRecord, terms: Terms, *, is_exact: bool
     own = {(key, NONE): record.own[key] * slot.probe for key in pool}
     clusters = [ClusterCosts((0,), own_bytes, {NONE: 0}, {0: 1}, {0: own})]
     left = {NONE: 1.0} if is_exact else {NONE: 1.0, **record.residual}
-    residual_bytes = {key: code_size(terms.ladder.residuals[key], terms.shapes, 0) for key in left}
+    residual_bytes = {key: residual_size(terms.ladder.residuals[key], terms.shapes) for key in left}
     for candidate in slot.candidates:
         if candidate.is_equal or not is_exact:
             key = f"{_STORED}{candidate.index}"

@@ -17,7 +17,7 @@ from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.budget import Budget, refuse_budget
 from moemerge.consolidation.evidence import Evidence, LayerRecord
-from moemerge.consolidation.ladder import code_size
+from moemerge.consolidation.ladder import code_size, residual_size
 from moemerge.consolidation.measure import Measurer, measurement_bytes
 from moemerge.consolidation.measured import NoiseStatistics, Statistics, decide, ladder_for
 from moemerge.consolidation.plan import ConsolidationPlan, PlannedExpert, PlannedLayer, PlannedVariant
@@ -315,7 +315,7 @@ def _stored_bytes(layers: list[PlannedLayer], variants: VariantSet) -> int:
 def _residual_bytes(layers: list[PlannedLayer], variants: VariantSet) -> int:
     _, shapes = ladder_for(variants)
     specs = [code for layer in layers for codes in layer.residuals.values() for code in codes]
-    return sum(code_size(code, shapes, 0) for code in specs)
+    return sum(residual_size(code, shapes) for code in specs)
 
 
 def _variant_bytes(variants: VariantSet) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moemerge.bundle.coded import assemble
+from moemerge.bundle.coded import assemble, plain_parts
 from moemerge.bundle.reader import Bundle, PoolParts, ResidualParts, effective_dtype
 from moemerge.calibration.passes import (
     DTYPES,
@@ -32,7 +32,7 @@ from moemerge.calibration.streaming import CheckpointSource, Source, StreamedExp
 from moemerge.calibration.texts import Passage
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.headers import StoredTensor
-from moemerge.checkpoint.tensors import TensorReader, torch_dtype
+from moemerge.checkpoint.tensors import TensorReader
 from moemerge.models import (
     Decoder,
     EncoderDecoder,
@@ -85,13 +85,13 @@ class BundleSource:
         pool, residuals = self._places[layer_index]
         parts = pool[self._bundle.variant(self._variant).maps[layer_index][slot]]
         added = residuals[slot]
-        found = {}
+        if added is None and (plain := plain_parts(parts)):
+            return {part: self._reader.read(place).to(self.dtype) for part, place in plain.items()}
+        found, dtype = {}, effective_dtype(layer)
         for part, place in parts.items():
-            matrix = assemble(place, self._reader.read)
-            residual = added[part].assemble(self._reader.read) if added else None
-            plain = torch_dtype(place) if isinstance(place, StoredTensor) else None
-            dtype = effective_dtype(layer) if residual is not None or plain is None else plain
-            found[part] = effective(matrix, residual, dtype).to(self.dtype)
+            residual = added.get(part) if added else None
+            coded = residual.assemble(self._reader.read) if residual else None
+            found[part] = effective(assemble(place, self._reader.read), coded, dtype).to(self.dtype)
         return found
 
     def done(self, tensors: Mapping[str, StoredTensor]) -> None:
@@ -152,6 +152,10 @@ class LaneWeights:
     def linear(self, role: str, hidden_TD: Tensor) -> Tensor:
         """See `Weights.linear`."""
         return self._by_lane(hidden_TD, lambda weights, piece: weights.linear(role, piece))
+
+    def add(self, role: str, hidden_TD: Tensor) -> Tensor:
+        """See `Weights.add`."""
+        return self._by_lane(hidden_TD, lambda weights, piece: weights.add(role, piece))
 
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
         """See `Weights.norm`."""

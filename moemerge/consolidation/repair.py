@@ -133,6 +133,10 @@ class _RefittedWeights:
         """See `Weights.embed`."""
         return self._lanes.embed(role, ids)
 
+    def add(self, role: str, hidden_TD: Tensor) -> Tensor:
+        """See `Weights.add`; biases are not fitted."""
+        return self._lanes.add(role, hidden_TD)
+
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
         """See `Weights.norm`; what is normed is the residual stream, which the layer will add to."""
         self._stream_TD = hidden_TD

@@ -11,7 +11,7 @@ from moemerge.bundle.manifest import CodeSpec
 from moemerge.consolidation.allocation import Point, convex_hull
 from moemerge.consolidation.costs import Members, Slot, measure_factors, probe, race, slot_costs
 from moemerge.consolidation.evidence import Evidence, Ref, slot_groups
-from moemerge.consolidation.ladder import Ladder, Shapes, code_size
+from moemerge.consolidation.ladder import Ladder, Shapes, code_size, residual_size
 from moemerge.consolidation.measured import ladder_for
 from moemerge.consolidation.plan import PlannedExpert, PlannedLayer
 from moemerge.errors import InvalidRecipe
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
     def of(self, rung: Rung, num_members: int) -> int:
         """Bytes of a pool expert with residuals for its members."""
-        residual = code_size(rung.residual, self.shapes, 0)
+        residual = residual_size(rung.residual, self.shapes)
         return code_size(rung.pool, self.shapes, self.plain_bytes) + num_members * residual
 
 

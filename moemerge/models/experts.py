@@ -26,6 +26,7 @@ class Activation(StrEnum):
     """The closed list of feed-forward forms that a family description may name."""
 
     SILU_GATED = "silu_gated"
+    SILU_GATED_DOWN_BIAS = "silu_gated_down_bias"
     RELU = "relu"
 
 
@@ -38,6 +39,11 @@ def silu_gated(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
     return weights.linear(f"{prefix}down", functional.silu(gate_TF) * up_TF)
 
 
+def silu_gated_down_bias(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
+    """`silu_gated` plus `down_bias` [D]: gates scale an expert's bias as all of its output."""
+    return weights.add(f"{prefix}down_bias", silu_gated(weights, prefix, hidden_TD))
+
+
 def relu(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
     """`wo(relu(wi x))`."""
     return weights.linear(f"{prefix}wo", functional.relu(weights.linear(f"{prefix}wi", hidden_TD)))
@@ -45,6 +51,7 @@ def relu(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
 
 ACTIVATIONS: Mapping[Activation, Callable[[Weights, str, Tensor], Tensor]] = {
     Activation.SILU_GATED: silu_gated,
+    Activation.SILU_GATED_DOWN_BIAS: silu_gated_down_bias,
     Activation.RELU: relu,
 }
 """Feed-forward networks [T, D] to [T, D] over weights whose roles begin with a prefix."""
@@ -91,7 +98,7 @@ class Scratch:
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.targets: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -114,7 +121,7 @@ class EffectiveLayer:
             them where no residual is added.
         bases: Pool expert of each row; the first rows are the pool experts themselves, in their order.
         num_experts: Pool experts.
-        residuals: Parts by row; of each row behind the pool experts, while somebody may ask for it.
+        residuals: Matrices by row; of each row behind the pool experts, while somebody may ask for it.
         dtype: That effective experts are rounded to.
         scratch: Where experts are computed that cannot be multiplied as they are; may serve many layers.
         activation: Form of the experts.
@@ -135,7 +142,7 @@ class EffectiveLayer:
         multiplied = None if residual else _multiplied(parts, len(hidden_TD))
         if multiplied is None:
             for part, matrix in parts.items():
-                added = residual[part] if residual else None
+                added = residual.get(part) if residual else None
                 fill_effective(self.scratch.targets[part], matrix, added, self.dtype)
             multiplied = self.scratch.tensors
         return ACTIVATIONS[self.activation](OneVariant(multiplied), "", hidden_TD)

@@ -6,6 +6,7 @@ entry is `(code - 2^(b-1) + 1/2) * scale`, so that one bit is a sign. Knows noth
 Shapes: N rows, D columns, P bytes of a row's codes, G groups.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -203,11 +204,13 @@ def effective(pool: Tensor | Coded, residual: Coded | None, dtype: torch.dtype) 
 
 
 def fill_effective(target: Tensor, pool: Tensor | Coded, residual: Coded | None, dtype: torch.dtype) -> None:
-    """Write an effective expert over `target` [N, D], which may have a wider or narrower dtype than its own.
+    """Write an effective matrix over `target` [N, D], which may have a wider or narrower dtype than its own.
+
+    A vector [N] of an expert is never coded, and nothing is added to it.
 
     Goes through the rows in stretches, always the same, so that the bits do not depend on who asks.
     """
-    num_rows, num_columns = pool.shape
+    num_rows, num_columns = pool.shape[0], math.prod(pool.shape[1:])
     step = max(1, _STRETCH // (_ROW_MULTIPLE * max(1, num_columns))) * _ROW_MULTIPLE
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)

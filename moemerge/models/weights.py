@@ -29,6 +29,10 @@ class Weights(Protocol):
         """Product of each token with its variant's matrix [N, D]; [T, N] in the dtype of the tokens."""
         ...
 
+    def add(self, role: str, hidden_TD: Tensor) -> Tensor:
+        """Each token plus its variant's vector [D]."""
+        ...
+
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
         """Root mean square norm with each token's variant's weight."""
         ...
@@ -50,6 +54,10 @@ class OneVariant:
     def linear(self, role: str, hidden_TD: Tensor) -> Tensor:
         """See `Weights.linear`."""
         return multiply(hidden_TD, self.tensors[role])
+
+    def add(self, role: str, hidden_TD: Tensor) -> Tensor:
+        """See `Weights.add`."""
+        return hidden_TD + self._plain(role)
 
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
         """See `Weights.norm`."""
@@ -82,6 +90,10 @@ class MixedVariants:
     def linear(self, role: str, hidden_TD: Tensor) -> Tensor:
         """See `Weights.linear`."""
         return self._by_run(role, hidden_TD, multiply)
+
+    def add(self, role: str, hidden_TD: Tensor) -> Tensor:
+        """See `Weights.add`."""
+        return self._by_run(role, hidden_TD, torch.add)
 
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
         """See `Weights.norm`."""

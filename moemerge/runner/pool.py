@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moemerge.bundle.coded import StoredCodes
 from moemerge.bundle.reader import Bundle, PoolParts
+from moemerge.checkpoint.headers import StoredTensor
 from moemerge.models import PlainPoolLayer, PoolLayer
 from moemerge.models.layouts import arrange, arranged_bytes
 from moemerge.models.packed import Coded, Matrix, PackedMatrix
@@ -69,7 +70,10 @@ class ExpertPool:
             coded = _all_coded(stored)
             if not is_base:
                 coded = _fused_codes(coded)
-            return {part: self._load_coded(matrix, is_base=is_base) for part, matrix in coded.items()}
+            held: HeldParts = {
+                part: self._load_coded(matrix, is_base=is_base) for part, matrix in coded.items()
+            }
+            return held | self._load_plain(_all_plain(stored))
         plain = _all_plain(stored)
         if is_base:
             return {part: tensor.to(device=self._device, copy=True) for part, tensor in plain.items()}
@@ -81,7 +85,10 @@ class ExpertPool:
             return {
                 part: t.to(device=self._device, dtype=self._dtype, copy=True) for part, t in stored.items()
             }
-        return {part: pack(tensor) for part, tensor in _fused(stored).items()}
+        return {
+            part: pack(tensor) if tensor.dim() == 2 else tensor.to(self._dtype, copy=True)
+            for part, tensor in _fused(stored).items()
+        }
 
     def _load_coded(self, matrix: PackedMatrix, *, is_base: bool) -> Coded:
         codes, scales = (t.to(device=self._device, copy=True) for t in (matrix.codes, matrix.scales))
@@ -128,13 +135,15 @@ def pool_bytes(
 def _coded_bytes(
     parts: PoolParts, dtype: torch.dtype, device: torch.device, *, is_base: bool, in_place: bool
 ) -> int:
-    """Bytes of a coded expert in the layout that its product takes."""
+    """Bytes of a coded expert in the layout that its product takes, and of its biases."""
+    biases = [place for place in parts.values() if isinstance(place, StoredTensor)]
     codes = {part: matrix for part, matrix in parts.items() if isinstance(matrix, StoredCodes)}
     forms = {part: (matrix.bits, matrix.group, matrix.shape) for part, matrix in codes.items()}
     if "gate" in forms and not is_base:
         (bits, group, (num_gate, width)), (_, _, (num_up, _)) = forms.pop("gate"), forms.pop("up")
         forms["gate_up"] = (bits, group, (num_gate + num_up, width))
-    return sum(arranged_bytes(*form, dtype, device, in_place=in_place) for form in forms.values())
+    matrices = sum(arranged_bytes(*form, dtype, device, in_place=in_place) for form in forms.values())
+    return matrices + sum(place.num_elements * dtype.itemsize for place in biases)
 
 
 def _all_plain(parts: Mapping[str, Matrix]) -> Parts:

@@ -96,8 +96,7 @@ def scratch_of(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Scra
     """Memory to unpack experts in, if there are any to unpack."""
     if not any(needs_effective(bundle, layer) for layer in bundle.manifest.layers):
         return None
-    shapes = {part: (rows, columns) for part, (rows, columns) in bundle.manifest.parts.items()}
-    return Scratch(shapes, dtype, device)
+    return Scratch({part: tuple(shape) for part, shape in bundle.manifest.parts.items()}, dtype, device)
 
 
 def _layer_rows(bundle: Bundle, layer: StoredLayer) -> LayerRows:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from moemerge.consolidation.codes.moments import Moment, moment_of_matrix, moment_of_rows
@@ -20,7 +21,7 @@ class Member:
     """An expert of the cluster with calibration of its own variant.
 
     Attributes:
-        parts: Matrices by name, as stored.
+        parts: Matrices and biases by name, as stored.
         activation: Form of the expert.
         inputs_SD: Sampled inputs, float32.
         gates_S: Their gates.
@@ -48,7 +49,7 @@ class Member:
 
     @cached_property
     def moments(self) -> dict[str, Moment]:
-        """Second moment of what each part is multiplied with, weighted by squared gates and `weight`."""
+        """Second moment of what each matrix is multiplied with, weighted by squared gates and `weight`."""
         weights_S = self.gates_S.square() * (self.weight / max(1, len(self.gates_S)))
         moments: dict[int, Moment] = {}
         if self.moment_DD is not None:
@@ -61,7 +62,7 @@ class Member:
 
     @cached_property
     def products(self) -> dict[str, Tensor]:
-        """Every part times the moment of its inputs."""
+        """Every matrix times the moment of its inputs."""
         return {part: weighted(self.matrices[part], moment) for part, moment in self.moments.items()}
 
 
@@ -81,7 +82,7 @@ class Cluster:
 
     @property
     def parts(self) -> list[str]:
-        """Names of the matrices."""
+        """Names of the matrices and biases."""
         return list(self.members[0].parts)
 
     def stack(self, part: str) -> list[Tensor]:
@@ -90,15 +91,18 @@ class Cluster:
 
     @cached_property
     def regression_means(self) -> dict[str, Tensor]:
-        """By part; see `operators.regmean`."""
-        return {
-            part: regression_mean(
-                self.stack(part),
-                [member.products[part] for member in self.members],
-                [member.moments[part] for member in self.members],
-            )
-            for part in self.parts
-        }
+        """By part; see `operators.regmean`. Biases, which no input multiplies, are averaged."""
+        return {part: self._regression_mean(part) for part in self.parts}
+
+    def _regression_mean(self, part: str) -> Tensor:
+        matrices = self.stack(part)
+        if part not in self.members[0].moments:
+            return torch.stack(matrices).mean(dim=0)
+        return regression_mean(
+            matrices,
+            [member.products[part] for member in self.members],
+            [member.moments[part] for member in self.members],
+        )
 
     def deltas(self, part: str) -> tuple[Tensor, list[Tensor]]:
         """The base's matrix, and what every member adds to it, float32."""

@@ -11,10 +11,12 @@ from moemerge.models import Activation
 D, F, S = 16, 24, 400
 
 
+SHAPES = {"gate": (F, D), "up": (F, D), "down": (D, F), "down_bias": (D,)}
+
+
 def draw_parts(seed, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"gate": (F, D), "up": (F, D), "down": (D, F)}
-    return {part: torch.randn(shape, generator=generator).to(dtype) / 4 for part, shape in shapes.items()}
+    return {part: torch.randn(shape, generator=generator).to(dtype) / 4 for part, shape in SHAPES.items()}
 
 
 def sibling(parts, seed, distance=0.1):
@@ -27,7 +29,7 @@ def member(parts, seed=0, weight=1.0, rows=S):
     # Inputs that differ in size from column to column, as hidden states do.
     inputs = torch.randn(rows, D, generator=generator) * torch.linspace(0.1, 2, D)
     gates = torch.rand(rows, generator=generator)
-    return Member(parts, Activation.SILU_GATED, inputs, gates, weight)
+    return Member(parts, Activation.SILU_GATED_DOWN_BIAS, inputs, gates, weight)
 
 
 def cluster(num=3, base=None, **options):
@@ -46,9 +48,7 @@ def error(found, parts):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_gives_all_parts_in_float32(name):
     made = OPERATORS[name].make(cluster())
-    assert {part: matrix.shape for part, matrix in made.items()} == {
-        "gate": (F, D), "up": (F, D), "down": (D, F)
-    }  # fmt: skip
+    assert {part: matrix.shape for part, matrix in made.items()} == SHAPES
     assert all(matrix.dtype == torch.float32 and matrix.isfinite().all() for matrix in made.values())
 
 

@@ -17,7 +17,7 @@ from moemerge.models.packed import effective
 from tests.coded import bits, code, low_rank, quantise, random_matrix
 
 D, F = 6, 5
-SHAPES = {"gate": (F, D), "up": (F, D), "down": (D, F), "wi": (F, D), "wo": (D, F)}
+SHAPES = {"gate": (F, D), "up": (F, D), "down": (D, F), "down_bias": (D,), "wi": (F, D), "wo": (D, F)}
 
 
 def random_layer(num_experts: int, activation: Activation, generator: torch.Generator) -> PlainPoolLayer:
@@ -105,14 +105,29 @@ def test_activations_follow_their_formulas():
     generator = torch.Generator().manual_seed(2)
     layer = random_layer(1, Activation.SILU_GATED, generator)
     hidden = torch.randn(2, D, generator=generator)
-    gate, up, down, wi, wo = layer.experts[0].values()
+    gate, up, down, bias, wi, wo = layer.experts[0].values()
     gated = hidden @ gate.T
     gated = gated / (1 + (-gated).exp()) * (hidden @ up.T) @ down.T
     torch.testing.assert_close(layer.output(0, hidden), gated)
+    biased = PlainPoolLayer(layer.experts, Activation.SILU_GATED_DOWN_BIAS).output(0, hidden)
+    torch.testing.assert_close(biased, gated + bias)
     fused = PlainPoolLayer([{"gate_up": torch.cat((gate, up)), "down": down}], Activation.SILU_GATED)
     torch.testing.assert_close(fused.output(0, hidden), gated)
     plain = (hidden @ wi.T).clamp(min=0) @ wo.T
     torch.testing.assert_close(PlainPoolLayer(layer.experts, Activation.RELU).output(0, hidden), plain)
+
+
+def test_a_bias_is_scaled_by_the_gate_as_all_of_an_experts_output():
+    layer = random_layer(3, Activation.SILU_GATED_DOWN_BIAS, torch.Generator().manual_seed(4))
+    unbiased = PlainPoolLayer(layer.experts, Activation.SILU_GATED)
+    hidden, rows, gates = (
+        torch.randn(2, D),
+        torch.tensor([[0, 2], [2, 1]]),
+        torch.tensor([[0.7, 0.3], [0.9, 0.1]]),
+    )
+    biases = torch.stack([expert["down_bias"] for expert in layer.experts])
+    expected = expert_product(hidden, rows, gates, unbiased) + (gates.unsqueeze(2) * biases[rows]).sum(dim=1)
+    torch.testing.assert_close(expert_product(hidden, rows, gates, layer), expected)
 
 
 def test_activations_serve_dense_layers_by_the_prefix_of_their_roles():
@@ -177,6 +192,8 @@ def test_rows_of_an_effective_layer_compute_pool_expert_plus_residual(activation
     shapes = {"gate": (16, 8), "up": (16, 8), "down": (8, 16), "wi": (16, 8), "wo": (8, 16)}
     plain = {part: random_matrix(*shapes[part], seed=1) for part in parts}
     coded = {part: quantise(random_matrix(*shapes[part], seed=2), 4, 8) for part in parts}
+    if activation is Activation.SILU_GATED_DOWN_BIAS:
+        plain["down_bias"], coded["down_bias"] = random_matrix(2, 8)
     repairs = [
         {part: code(random_matrix(*shapes[part], seed=3), spec) for part in parts}
         for spec in (bits(2, 8), low_rank(2))
@@ -186,9 +203,9 @@ def test_rows_of_an_effective_layer_compute_pool_expert_plus_residual(activation
     hidden = random_matrix(5, 8)
     sums = [
         plain,
-        {part: effective(coded[part], None, torch.bfloat16) for part in parts},
-        {part: effective(coded[part], repairs[0][part], torch.bfloat16) for part in parts},
-        {part: effective(plain[part], repairs[1][part], torch.bfloat16) for part in parts},
+        {part: effective(coded[part], None, torch.bfloat16) for part in coded},
+        {part: effective(coded[part], repairs[0].get(part), torch.bfloat16) for part in coded},
+        {part: effective(plain[part], repairs[1].get(part), torch.bfloat16) for part in plain},
     ]
     expected = PlainPoolLayer([{part: t.float() for part, t in e.items()} for e in sums], activation)
     for row in (0, 1, 2, 3, 1, 0):  # the scratch of one must not show in the next

@@ -10,13 +10,14 @@ D = 6
 
 def tensors_of(seed: int, vocab_size: int = 5) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"matrix": (4, D), "norm": (D,), "embedding": (vocab_size, D)}
+    shapes = {"matrix": (4, D), "norm": (D,), "bias": (D,), "embedding": (vocab_size, D)}
     return {role: torch.randn(shape, generator=generator) for role, shape in shapes.items()}
 
 
 def apply_all(weights, hidden, ids) -> dict[str, torch.Tensor]:
     return {
         "linear": weights.linear("matrix", hidden),
+        "add": weights.add("bias", hidden),
         "norm": weights.norm("norm", hidden, 1e-5),
         "embed": weights.embed("embedding", ids),
         "embed many": weights.embed("embedding", torch.stack((ids, ids, ids * 0), dim=1)),
@@ -40,6 +41,7 @@ def test_one_variant_applies_the_plain_formulas():
     tensors, hidden, ids = tensors_of(0), torch.randn(3, D), torch.tensor([4, 0, 4])
     found = apply_all(OneVariant(tensors), hidden, ids)
     torch.testing.assert_close(found["linear"], hidden @ tensors["matrix"].T)
+    assert torch.equal(found["add"], hidden + tensors["bias"])
     assert torch.equal(found["norm"], rms_norm(hidden, tensors["norm"], 1e-5))
     assert torch.equal(found["embed"], tensors["embedding"][ids])
     assert found["embed many"].shape == (3, 3, D)
