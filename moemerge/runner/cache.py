@@ -37,9 +37,9 @@ class BlockCache:
     ) -> None:
         layers, heads, head_size, tokens = geometry
         shape = (layers, num_blocks, tokens, heads, head_size)
-        # On a CPU the pages are only taken when they are written.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # A block is cleared before its first token is written: on a CPU pages are only taken by then.
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
         self.block_tokens = tokens
 
     def clear(self, blocks: list[int]) -> None:

@@ -4,7 +4,9 @@ Shapes: G 2 key/value heads, h 3.
 """
 
 import random
+import sys
 
+import psutil
 import pytest
 import torch
 
@@ -115,3 +117,11 @@ def test_a_block_takes_the_bytes_it_says():
     for dtype in (torch.float32, torch.bfloat16):
         cache = BlockCache(geometry, 5, dtype, CPU)
         assert cache.nbytes == 5 * geometry.block_bytes(dtype)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others may count reserved pages")
+def test_blocks_take_memory_when_they_are_first_written():
+    geometry = CacheGeometry(num_layers=8, num_kv_heads=2, head_size=64, block_tokens=64)
+    before = psutil.Process().memory_info().rss
+    cache = BlockCache(geometry, 2000, torch.float32, CPU)
+    assert psutil.Process().memory_info().rss - before < cache.nbytes / 10
