@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.engine import use_huge_pages
 from moemerge.cli.progress import show_progress
 from moemerge.cli.tables import print_table
 
@@ -95,6 +96,7 @@ def bench(
 
     Example: moemerge bench --model mix-M --load 0.4 --load 0.8 -o results --plot results/load.png
     """
+    use_huge_pages()
     from moemerge.bench.benchmark import BenchOptions, run_benchmark
     from moemerge.bench.plot import check_plot, draw_plot
     from moemerge.bench.subjects import default_work

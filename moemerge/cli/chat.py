@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
-from moemerge.cli.engine import DeviceOption, DtypeOption, ResidentOption, check_resident, open_with_files
+from moemerge.cli.engine import (
+    DeviceOption,
+    DtypeOption,
+    ResidentOption,
+    check_resident,
+    open_with_files,
+    use_huge_pages,
+)
 from moemerge.cli.sampling import (
     MinPOption,
     RepetitionOption,
@@ -64,6 +71,7 @@ def chat(
 
     Example: moemerge chat duo.moe -v sums
     """
+    use_huge_pages()
     from moemerge.runner.engine import Engine
     from moemerge.runner.options import EngineOptions
     from moemerge.text.conversation import Conversation

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
-from moemerge.cli.engine import DeviceOption, DtypeOption, ResidentOption, check_resident, open_with_files
+from moemerge.cli.engine import (
+    DeviceOption,
+    DtypeOption,
+    ResidentOption,
+    check_resident,
+    open_with_files,
+    use_huge_pages,
+)
 from moemerge.cli.sampling import (
     MinPOption,
     RepetitionOption,
@@ -76,6 +83,7 @@ def run(
 
     Example: moemerge run duo.moe -v code -v sums "Q: 17 + 25" --max-tokens 30
     """
+    use_huge_pages()
     from moemerge.runner.options import EngineOptions
 
     sampling = given(

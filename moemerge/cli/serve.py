@@ -18,6 +18,7 @@ from moemerge.cli.engine import (
     check_threads,
     open_with_files,
     size_of,
+    use_huge_pages,
 )
 from moemerge.errors import InvalidRecipe, NotFound
 
@@ -102,6 +103,7 @@ def serve(
 
     Example: moemerge serve trio.moe --resident 2 --max-batch 32
     """
+    use_huge_pages()
     keys, options, program = _import_server()
     from moemerge.runner.options import EngineOptions
 

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +57,33 @@ def test_missing_file_is_a_damaged_bundle_everywhere(command, lost, mini_bundle,
     assert done.code == 8
     assert path.relative_to(folder).as_posix() in done.err
     assert "is missing" in done.err
+
+
+_ALLOCATE = """
+from moemerge.cli.engine import use_huge_pages
+use_huge_pages()
+import torch
+memory = torch.ones(2**23)
+flags, begin, end = [], 0, 0
+for line in open("/proc/self/smaps"):
+    place, _, rest = line.partition(" ")
+    if "-" in place:
+        begin, end = (int(bound, 16) for bound in place.split("-"))
+    if place == "VmFlags:" and begin <= memory.data_ptr() + 2**22 < end:
+        flags = rest.split()
+print("hg" in flags)
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="needs huge pages")
+@pytest.mark.parametrize(("setting", "is_huge"), [(None, "True"), ("1", "True"), ("0", "False")])
+def test_large_tensors_ask_for_huge_pages_unless_the_user_says_no(setting, is_huge):
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("THP_", "GLIBC_"))
+    }
+    if setting is not None:
+        environment["THP_MEM_ALLOC_ENABLE"] = setting
+    done = subprocess.run(
+        [sys.executable, "-c", _ALLOCATE], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == is_huge
