@@ -21,17 +21,31 @@ class VariantLimits:
     Attributes:
         vocab_size: Token ids are below it.
         context_tokens: Prompt and answer together; of an encoder-decoder each of the two.
+        cached_blocks: Of the key/value cache; None in a decoder-only model, whose context fits.
+        block_tokens: Of each of them.
     """
 
     vocab_size: int
     context_tokens: int
+    cached_blocks: int | None = None
+    block_tokens: int = 1
+
+    def room(self, num_prompt_tokens: int) -> int:
+        """Tokens that context and cache leave for the answer to a prompt; 0 for one that is too long."""
+        left = max(0, self.context_tokens - num_prompt_tokens)
+        if self.cached_blocks is None or not left:
+            return left
+        # Blocks hold tokens of the source or of the answer, which a start token precedes.
+        blocks = self.cached_blocks - -(-num_prompt_tokens // self.block_tokens)
+        return max(0, min(self.context_tokens, blocks * self.block_tokens - 1))
 
 
 def check_request(request: Request, limits: VariantLimits) -> None:
     """What of a request depends on its variant.
 
     Raises:
-        InvalidRecipe: Token ids beyond the vocabulary, or a prompt that leaves no room for an answer.
+        InvalidRecipe: Token ids beyond the vocabulary, a prompt that leaves no room for an answer, or not for
+            one that long.
     """
     unknown = next((i for i in request.sampling.logit_bias if i >= limits.vocab_size), None)
     if unknown is not None:
@@ -40,10 +54,16 @@ def check_request(request: Request, limits: VariantLimits) -> None:
         )
     if max(request.prompt_ids) >= limits.vocab_size:
         raise InvalidRecipe(f"the prompt has token ids outside 0 to {limits.vocab_size - 1}")
-    if len(request.prompt_ids) >= limits.context_tokens:
+    room = limits.room(len(request.prompt_ids))
+    if room == 0:
         raise InvalidRecipe(
             f"the prompt has {len(request.prompt_ids)} tokens, which leave no room for an answer in a "
             f"context of {limits.context_tokens}"
+        )
+    if request.max_tokens > room:
+        raise InvalidRecipe(
+            f"max_tokens is {request.max_tokens}, expected at most {room}: prompt and answer must fit in "
+            f"{limits.context_tokens} tokens of context and cache, the prompt has {len(request.prompt_ids)}"
         )
 
 
@@ -69,7 +89,12 @@ class Intake:
         cached = self._blocks.num_blocks * self._blocks.block_tokens
         context = max_positions(self._bundle, variant)
         vocab_size = int(self._bundle.variant(variant).settings["vocab_size"] or 0)
-        self.limits[variant] = VariantLimits(vocab_size, cached if context is None else min(context, cached))
+        self.limits[variant] = VariantLimits(
+            vocab_size,
+            context_tokens=cached if context is None else min(context, cached),
+            cached_blocks=None if self._is_decoder else self._blocks.num_blocks,
+            block_tokens=self._blocks.block_tokens,
+        )
         self._revisions[variant] = self._revisions.get(variant, -1) + 1
 
     def close(self, variant: str) -> None:
@@ -107,7 +132,6 @@ class Intake:
             source_ids=() if self._is_decoder else request.prompt_ids,
             tokens=tokens,
             num_prompt=len(tokens),
-            room=min(request.max_tokens, self._room(request, limits)),
             table=BlockTable(owner),
             cross_table=BlockTable(owner),
             sampler=Sampler(
@@ -119,16 +143,6 @@ class Intake:
             queued_s=now_s,
             is_encoded=self._is_decoder,
         )
-
-    def _room(self, request: Request, limits: VariantLimits) -> int:
-        """Tokens that context and cache leave for the answer."""
-        if self._is_decoder:
-            return limits.context_tokens - len(request.prompt_ids)
-        source_blocks = self._blocks.blocks_for(len(request.prompt_ids))
-        room = (self._blocks.num_blocks - source_blocks) * self._blocks.block_tokens - 1
-        if room < 1:
-            raise InvalidRecipe(f"the prompt has {len(request.prompt_ids)} tokens, which fill the cache")
-        return room
 
     def _start_token(self, variant: str) -> int:
         return int(self._bundle.variant(variant).settings["start_token_id"] or 0)

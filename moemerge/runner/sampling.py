@@ -221,12 +221,19 @@ def choose_tokens(
         if math.isfinite(bests[row]) and token_id is None:
             token_id = sampler.choose(logits_WV[row])
         if not math.isfinite(bests[row]) or token_id is None:
-            chosen.append(Chosen(0, error=f"no token can be chosen: the largest logit is {bests[row]}"))
+            chosen.append(Chosen(0, error=_not_finite(bests[row])))
             continue
         num = num_logprobs[row]
         asked = None if num is None else prompt_logprobs(logits_WV[row : row + 1], [token_id], num)[0]
         chosen.append(Chosen(token_id, asked))
     return chosen
+
+
+def _not_finite(largest: float) -> str:
+    return (
+        f"no token can be chosen: the largest logit is {largest}. Look for damage with moemerge verify "
+        f"BUNDLE; half precision or a penalty near 0 can do it, too"
+    )
 
 
 def prompt_logprobs(logits_TV: Tensor, next_ids: Sequence[int], num: int) -> list[TokenLogprob]:

@@ -38,7 +38,6 @@ class Sequence:
     source_ids: tuple[int, ...]
     tokens: list[int]
     num_prompt: int
-    room: int
     table: BlockTable
     cross_table: BlockTable
     sampler: Sampler
@@ -66,7 +65,7 @@ class Sequence:
     @property
     def num_left(self) -> int:
         """Tokens of the answer that may still come."""
-        return self.room - self.num_answered
+        return self.request.max_tokens - self.num_answered
 
     @property
     def num_pending(self) -> int:

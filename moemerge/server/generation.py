@@ -164,7 +164,7 @@ def _request(
         len(prompt.token_ids),
         asked=wanted.max_tokens,
         default=wanted.default_tokens,
-        context_tokens=serving.service.limits_of(text.name).context_tokens,
+        limits=serving.service.limits_of(text.name),
         prompt_field=wanted.prompt_field,
         asked_field=wanted.max_tokens_field,
     )

@@ -133,7 +133,7 @@ def answer(
         len(prompt_ids),
         asked=None,
         default=max_tokens,
-        context_tokens=engine.limits_of(text.name).context_tokens,
+        limits=engine.limits_of(text.name),
         prompt_field="the prompt",
     )
     request = Request(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from moemerge.errors import InvalidRecipe
+from moemerge.runner.intake import VariantLimits
 from moemerge.text.variants import VariantText
 
 MAX_LOGPROBS = 20
@@ -55,7 +56,7 @@ def longest_answer(
     *,
     asked: int | None,
     default: int | None,
-    context_tokens: int | None = None,
+    limits: VariantLimits | None = None,
     prompt_field: str = "prompt",
     asked_field: str = "max_tokens",
 ) -> int:
@@ -66,15 +67,15 @@ def longest_answer(
         num_prompt_tokens: Tokens of the prompt.
         asked: Longest answer as the sender wants it; None for the default.
         default: Longest answer otherwise; None for all that the context leaves.
-        context_tokens: Of an engine, where that is known; the variant's own if not given.
+        limits: Of an engine, where that is known; the variant's own context if not given.
         prompt_field: What the sender calls the prompt.
         asked_field: What the sender calls the longest answer.
 
     Raises:
         ContextExceeded: The prompt leaves no room for an answer, or not for that one.
     """
-    context = context_tokens or text.context_tokens
-    room = text.room(num_prompt_tokens, context)
+    context = limits.context_tokens if limits else text.context_tokens
+    room = (limits or text).room(num_prompt_tokens)
     if room == 0:
         raise ContextExceeded(
             prompt_field,

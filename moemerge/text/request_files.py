@@ -208,7 +208,7 @@ class _Run:
             entry = _Entry(line, RunningAnswer(line.request, line.text, line.stop))
             self._unwritten.append(entry)
             try:
-                self._engine.submit(line.request)
+                self._engine.submit(line.request_within(self._engine.limits_of(line.text.name)))
             except (InvalidRecipe, NotFound) as error:
                 entry.running.fail(str(error))
             else:

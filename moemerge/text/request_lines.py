@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
 from moemerge.errors import InvalidRecipe
+from moemerge.runner.intake import VariantLimits
 from moemerge.runner.request import Request
 from moemerge.runner.sampling import Sampling
 from moemerge.text.limits import (
@@ -36,6 +37,7 @@ class RequestLine:
         custom_id: The user's name for it, if any.
         text: Of its variant.
         request: For the engine; its id is the number.
+        is_default_length: The line does not say how long the answer may be: what does not fit is cut.
         stop: Strings that end the answer.
     """
 
@@ -43,7 +45,15 @@ class RequestLine:
     custom_id: str | None
     text: VariantText
     request: Request
+    is_default_length: bool
     stop: tuple[str, ...]
+
+    def request_within(self, limits: VariantLimits) -> Request:
+        """The request for an engine that may have less room than the variant's context."""
+        if not self.is_default_length:
+            return self.request
+        room = limits.room(len(self.request.prompt_ids))
+        return replace(self.request, max_tokens=min(self.request.max_tokens, max(1, room)))
 
 
 def parse_line(raw: bytes, number: int, texts: BundleText, defaults: Mapping[str, Any]) -> RequestLine:
@@ -75,10 +85,11 @@ def parse_line(raw: bytes, number: int, texts: BundleText, defaults: Mapping[str
     text = texts.of(variant)
     prompt_field, prompt_ids = _prompt(values, text)
     check_prompt(prompt_field, prompt_ids, text)
+    asked = _whole("max_tokens", given.get("max_tokens"), least=1)
     max_tokens = longest_answer(
         text,
         len(prompt_ids),
-        asked=_whole("max_tokens", given.get("max_tokens"), least=1),
+        asked=asked,
         default=defaults.get("max_tokens", _DEFAULT_TOKENS),
         prompt_field=prompt_field,
     )
@@ -99,6 +110,7 @@ def parse_line(raw: bytes, number: int, texts: BundleText, defaults: Mapping[str
             num_logprobs=_whole("logprobs", values.get("logprobs"), most=MAX_LOGPROBS),
             sampling=_sampling(values, text),
         ),
+        is_default_length=asked is None,
         stop=_stop(values.get("stop")),
     )
 

@@ -84,14 +84,9 @@ class VariantText:
         value = self._settings.get("max_positions")
         return None if value is None else int(value)
 
-    def room(self, num_prompt_tokens: int, context_tokens: int | None = None) -> int | None:
-        """Tokens that the context leaves for an answer; None where it has no end.
-
-        Args:
-            num_prompt_tokens: Tokens of the prompt.
-            context_tokens: Of an engine that may hold less; the variant's own if not given.
-        """
-        context = context_tokens or self.context_tokens
+    def room(self, num_prompt_tokens: int) -> int | None:
+        """Tokens that the context leaves for the answer to a prompt; None where it has no end."""
+        context = self.context_tokens
         if context is None:
             return None
         left = max(0, context - num_prompt_tokens)

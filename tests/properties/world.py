@@ -144,13 +144,15 @@ class World:
         sequence = Sequence(
             number=self.num_submitted,
             request=Request(
-                request_id=str(self.num_submitted), variant=variant, prompt_ids=prompt, max_tokens=num_answer
+                request_id=str(self.num_submitted),
+                variant=variant,
+                prompt_ids=prompt,
+                max_tokens=max(1, min(num_answer, room)),
             ),
             arrival_s=self.now_s,
             source_ids=prompt if self.has_encoder else (),
             tokens=[0] if self.has_encoder else list(prompt),
             num_prompt=1 if self.has_encoder else num_prompt,
-            room=max(1, min(num_answer, room)),
             table=BlockTable(owner),
             cross_table=BlockTable(owner),
             sampler=Sampler(Sampling()),

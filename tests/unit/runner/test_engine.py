@@ -197,7 +197,9 @@ def test_answers_end_where_the_context_ends(engine, bundle):
         assert len(answer(150, 30).tokens) == 30
         return
     for length in (120, 127):
-        assert len(answer(length, 100).tokens) == 128 - length
+        assert len(answer(length, 128 - length).tokens) == 128 - length
+        with pytest.raises(InvalidRecipe, match=f"max_tokens is 100, expected at most {128 - length}"):
+            answer(length, 100)
     with pytest.raises(
         InvalidRecipe, match="128 tokens, which leave no room for an answer in a context of 128"
     ):
@@ -206,14 +208,17 @@ def test_answers_end_where_the_context_ends(engine, bundle):
 
 def test_answers_end_where_the_cache_ends(bundle):
     engine = open_engine(bundle, cache_memory=cache_of(bundle, 4 * 16), block_tokens=16)
-    (answer,) = run(engine, request("a", prompt=(5,) * 20, max_tokens=1000))
-    assert answer.finish is FinishReason.LENGTH
-    # Of four blocks the prompt takes 20 tokens, or the encoder's input two blocks.
-    assert len(answer.tokens) == (64 - 20 if is_decoder(bundle) else 31)
+    room = engine.limits_of("plain").room(20)
+    # Of four blocks the prompt takes 20 tokens, or the encoder two blocks and a start token one place.
+    assert room == (64 - 20 if is_decoder(bundle) else 31)
+    (answer,) = run(engine, request("a", prompt=(5,) * 20, max_tokens=room))
+    assert (answer.finish, len(answer.tokens)) == (FinishReason.LENGTH, room)
+    with pytest.raises(InvalidRecipe, match=f"max_tokens is {room + 1}, expected at most {room}"):
+        run(engine, request("b", prompt=(5,) * 20, max_tokens=room + 1))
     with pytest.raises(InvalidRecipe, match="the prompt has 64 tokens"):
         engine.submit(request("b", prompt=(5,) * 64))
-    if not is_decoder(bundle):
-        with pytest.raises(InvalidRecipe, match="50 tokens, which fill the cache"):
+    if not is_decoder(bundle):  # its source fills all blocks
+        with pytest.raises(InvalidRecipe, match="50 tokens, which leave no room"):
             engine.submit(request("b", prompt=(5,) * 50))
     finished(engine, [])
     engine.close()
@@ -400,6 +405,7 @@ def test_numbers_that_are_not_finite_end_their_request_and_no_other(alone, bundl
         if one.variant == "odd":
             assert answer.finish is FinishReason.ERROR
             assert "no token can be chosen" in answer.error
+            assert "moemerge verify" in answer.error
         else:
             assert answer.tokens == alone[bundle.folder, one.request_id]
     with pytest.raises(ServingError, match="variant odd: no token can be chosen"):

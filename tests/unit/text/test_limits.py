@@ -2,6 +2,7 @@
 
 import pytest
 
+from moemerge.runner.intake import VariantLimits
 from moemerge.text.limits import (
     ContextExceeded,
     InvalidRequest,
@@ -34,7 +35,8 @@ def text(decoder_engine):
     ],
 )
 def test_what_is_asked_counts_and_a_default_is_cut(asked, default, context, longest, text):
-    assert longest_answer(text, 10, asked=asked, default=default, context_tokens=context) == longest
+    limits = context and VariantLimits(vocab_size=64, context_tokens=context)
+    assert longest_answer(text, 10, asked=asked, default=default, limits=limits) == longest
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,20 @@ def test_line_that_the_engine_refuses_has_an_error_and_the_rest_goes_on(served, 
     assert third["text"]
 
 
+def test_length_that_a_line_asks_for_is_never_cut_and_a_default_is(served, tmp_path):
+    prompt = {"variant": "plain", "prompt": "a word"}
+    lines = [{**prompt, "max_tokens": 100}, {**prompt, "ignore_stop": True}]
+    small = open_engine(served, dtype="float32", cache_memory=20_000 if "mixtral" in str(served) else 60_000)
+    room = small.limits_of("plain").room(len(BundleText(small.bundle).of("plain").encode("a word")))
+    try:
+        run(small, write_lines(tmp_path / "requests.jsonl", lines), tmp_path / "results.jsonl")
+    finally:
+        small.close()
+    asked, default = read(tmp_path / "results.jsonl")
+    assert f"max_tokens is 100, expected at most {room}" in asked["error"]
+    assert (default["finish_reason"], len(default["token_ids"])) == ("length", room)
+
+
 @pytest.mark.parametrize("change", ["input", "order", "defaults", "dtype", "more", "garbage", "text"])
 def test_results_of_something_else_are_refused_and_kept(change, engine, source, tmp_path):
     target = tmp_path / "results.jsonl"
