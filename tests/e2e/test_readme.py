@@ -3,17 +3,15 @@
 import importlib
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from moemerge.bundle.manifest import Features, Manifest, PoolLayer, Provenance, VariantEntry
 from moemerge.checkpoint.headers import read_header
+from tests.documented import Workplace, steps_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,52 +20,31 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
 ]
-MARKED = re.compile(r"<!-- run(: varies)? -->\n```(\w+)\n(.*?)```", re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+SHOWN = [page for page in PAGES if steps_of(page.read_text(encoding="utf-8"))]
 
 
 @pytest.fixture
 def workplace(tmp_path):
     """A folder with what a clone has, as far as the documented commands need it."""
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    return tmp_path
+    with closing(Workplace(tmp_path)) as place:
+        yield place
 
 
-def run_bash(command, folder):
-    """Standard output of a command line that finds this environment's programs first."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.stem)
+def test_commands_run_as_written_and_print_what_is_shown(page, workplace):
+    for step in steps_of(page.read_text(encoding="utf-8")):
+        printed = workplace.run(step)
+        assert step.agrees(printed), f"{page}: python -m tests.documented {page.relative_to(ROOT)}\n{printed}"
 
 
-def commands_of(text):
-    """Command lines of a console block, each with the output that is shown after it."""
-    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
-        lines = part.splitlines(keepends=True)
-        length = next(number for number, line in enumerate(lines, 1) if not line.endswith("\\\n"))
-        yield "".join(lines[:length]), "".join(lines[length:])
-
-
-def test_commands_in_readme_run_as_written(workplace):
-    blocks = MARKED.findall(README)
-    assert len(blocks) >= 5
-    for varies, language, text in blocks:
-        if language == "python":
-            (workplace / "snippet.py").write_text(text, encoding="utf-8")
-            run_bash(f"{sys.executable} snippet.py", workplace)
-            continue
-        for command, shown in commands_of(text):
-            printed = run_bash(command, workplace)
-            assert varies or printed.strip() == shown.strip(), command
+def test_pages_for_beginners_have_commands_that_run():
+    assert {"README", "tutorial", "terminal", "export"} <= {page.stem for page in SHOWN}
 
 
 def test_demo_in_readme_is_what_the_demo_prints(workplace):
     shown = re.search(r"<!-- demo -->\n```\n(.*?)```", README, re.DOTALL)[1]
-    output = run_bash("moemerge demo --quiet", workplace)
+    output = workplace.bash("moemerge demo --quiet")
     printed = re.search(r"Perplexity of every.*?(?=\n\n)", output, re.DOTALL)[0]
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
     for found, expected in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
@@ -110,22 +87,19 @@ def test_example_in_bundle_format_is_what_a_merge_writes(workplace):
     family = "examples/families/mini"
     names = ("code", "scripture", "sums")
     sources = " ".join(f"{name}={family}/{name}" for name in names)
-    run_bash(f"moemerge merge {sources} --base {family}/base --budget 1x -o out.moe", workplace)
-    manifest = json.loads((workplace / "out.moe" / "moemerge.json").read_text())
+    workplace.bash(f"moemerge merge {sources} --base {family}/base --budget 1x -o out.moe")
+    bundle = workplace.folder / "out.moe"
+    manifest = json.loads((bundle / "moemerge.json").read_text())
     excerpt = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
     assert shown_of(json.loads(re.sub(r",?\s*\.\.\.", "", excerpt)), manifest)
-    raw = (workplace / "out.moe" / "pool" / "layer-00000.safetensors").read_bytes()
+    pool = bundle / "pool" / "layer-00000.safetensors"
+    raw = pool.read_bytes()
     header = re.search(r"```\n(\{\"__metadata__\".*?) \.\.\.\n```", text, re.DOTALL)[1]
     assert raw[8:].startswith(header.replace("\n", "").rstrip().encode())
     assert f"8 + {int.from_bytes(raw[:8], 'little')} bytes" in text
-    expert = [t for n, t in read_pool(workplace).items() if n.startswith("e00000.")]
+    expert = [t for n, t in read_header(pool).items() if n.startswith("e00000.")]
     begin, end = min(t.start for t in expert), max(t.start + t.nbytes for t in expert)
     assert f"bytes {begin} to {end - 1}" in text
-
-
-def read_pool(workplace):
-    """Tensors of the first layer's pool by name."""
-    return read_header(workplace / "out.moe" / "pool" / "layer-00000.safetensors")
 
 
 def shown_of(excerpt, whole):
