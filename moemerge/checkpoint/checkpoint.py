@@ -3,7 +3,7 @@
 Opened from headers alone, so all of this works before weights are downloaded.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,22 @@ class Checkpoint:
     def is_local(self) -> bool:
         """Whether the weights can be read without a download."""
         return all(tensor.is_local for tensor in self.tensors.values())
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """Files with its tensors."""
+        experts = (part for parts in self.experts.values() for part in parts.values())
+        return frozenset(tensor.path for tensor in (*self.tensors.values(), *experts))
+
+    def at_layer(self, layer_index: int) -> "Checkpoint":
+        """The same with nothing but what one routed layer's experts need: what is sent with work on it."""
+        layer = next(layer for layer in self.routed_layers if layer.index == layer_index)
+        block = f"{layer.stack}.{layer.block}."
+        return replace(
+            self,
+            tensors={role: tensor for role, tensor in self.tensors.items() if role.startswith(block)},
+            experts={place: parts for place, parts in self.experts.items() if place[0] == layer_index},
+        )
 
     def side_file(self, name: str) -> Path | None:
         """Place of a tokenizer, template or configuration file, if it is there and local."""

@@ -1,7 +1,7 @@
 """Open all variants of a consolidation together, from folders or the hub."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,24 @@ class VariantSet:
     def first(self) -> Checkpoint:
         """The variant whose geometry stands for all."""
         return next(iter(self.variants.values()))
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """All of them, the base last."""
+        return (*self.variants.values(), *((self.base,) if self.base else ()))
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """Files with their tensors."""
+        return frozenset().union(*(checkpoint.files for checkpoint in self.checkpoints))
+
+    def at_layer(self, layer_index: int) -> "VariantSet":
+        """See `Checkpoint.at_layer`."""
+        return replace(
+            self,
+            variants={name: checkpoint.at_layer(layer_index) for name, checkpoint in self.variants.items()},
+            base=self.base.at_layer(layer_index) if self.base else None,
+        )
 
 
 def open_variants(

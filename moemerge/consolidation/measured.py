@@ -36,6 +36,9 @@ class Statistics(Protocol):
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """Statistics of one layer of one variant."""
 
+    def at_layer(self, layer_index: int) -> "Statistics":
+        """The same for one layer: what is sent with work on it."""
+
 
 @dataclass(slots=True)
 class NoiseStatistics:
@@ -62,6 +65,10 @@ class NoiseStatistics:
             self._found[variant] = random_statistics(checkpoint, layer_index, seed=self.seed)
         return self._found[variant]
 
+    def at_layer(self, layer_index: int) -> "NoiseStatistics":
+        """See `Statistics`."""
+        return NoiseStatistics(self.variants.at_layer(layer_index), self.seed)
+
 
 @dataclass(frozen=True, slots=True)
 class TextStatistics:
@@ -87,6 +94,10 @@ class TextStatistics:
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """See `Statistics`."""
         return self.calibration.layer(variant, layer_index)
+
+    def at_layer(self, layer_index: int) -> "TextStatistics":
+        """See `Statistics`."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
