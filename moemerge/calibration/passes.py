@@ -203,7 +203,7 @@ def _token_bytes(checkpoint: Checkpoint, longest: int, options: CalibrationOptio
     if checkpoint.family.arithmetic == "encoder_decoder":
         # Relative positions make masks: scores, the mask, and what both are made from.
         entries += num_heads * (4 * longest + int(settings["position_buckets"] or 0)) + 3 * longest
-    elif settings.get("sliding_window"):
+    elif settings["sliding_window"]:
         entries += 6 * longest
     return entries * max(4, DTYPES[options.dtype].itemsize)
 

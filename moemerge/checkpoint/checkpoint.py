@@ -12,10 +12,12 @@ from moemerge.checkpoint.headers import FLOAT_DTYPES, StoredTensor
 from moemerge.checkpoint.match import MatchedTensors, match_tensors
 from moemerge.checkpoint.repository import LocalFolder, Repository, read_json
 from moemerge.checkpoint.settings import read_settings
-from moemerge.checkpoint.weights import find_quantised, read_weight_headers
+from moemerge.checkpoint.weights import find_quantised, read_weight_headers, refuse_adapter
 from moemerge.errors import Finding, UnsupportedCheckpoint, raise_findings
 
 Parts = dict[str, StoredTensor]
+EXPERTS = "experts."
+"""How canonical names of expert tensors begin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,23 +68,23 @@ class Checkpoint:
     @property
     def is_local(self) -> bool:
         """Whether the weights can be read without a download."""
-        return all(tensor.is_local for tensor in self.tensors.values())
+        return all(tensor.is_local for tensor in self.by_name().values())
 
-    @property
-    def files(self) -> frozenset[Path]:
-        """Files with its tensors."""
-        experts = (part for parts in self.experts.values() for part in parts.values())
-        return frozenset(tensor.path for tensor in (*self.tensors.values(), *experts))
+    def by_name(self) -> dict[str, StoredTensor]:
+        """Every tensor by its canonical name: its role, or its expert's part, whatever the layout."""
+        named = dict(self.tensors)
+        for (layer, slot), parts in self.experts.items():
+            named |= {expert_name(layer, slot, part): tensor for part, tensor in parts.items()}
+        return named
 
-    def at_layer(self, layer_index: int) -> "Checkpoint":
-        """The same with nothing but what one routed layer's experts need: what is sent with work on it."""
-        layer = next(layer for layer in self.routed_layers if layer.index == layer_index)
-        block = f"{layer.stack}.{layer.block}."
-        return replace(
-            self,
-            tensors={role: tensor for role, tensor in self.tensors.items() if role.startswith(block)},
-            experts={place: parts for place, parts in self.experts.items() if place[0] == layer_index},
-        )
+    def replaced(self, tensors: dict[str, StoredTensor], **changes: Any) -> "Checkpoint":
+        """The same with other tensors under these canonical names, and other attributes."""
+        experts = {
+            (layer, slot): {part: tensors.get(expert_name(layer, slot, part), t) for part, t in parts.items()}
+            for (layer, slot), parts in self.experts.items()
+        }
+        others = {role: tensors.get(role, tensor) for role, tensor in self.tensors.items()}
+        return replace(self, tensors=others, experts=experts, **changes)
 
     def side_file(self, name: str) -> Path | None:
         """Place of a tokenizer, template or configuration file, if it is there and local."""
@@ -93,10 +95,14 @@ class Checkpoint:
     def dtype_bytes(self) -> dict[str, int]:
         """Bytes per stored dtype, largest first."""
         totals: dict[str, int] = {}
-        parts = [part for parts in self.experts.values() for part in parts.values()]
-        for tensor in [*self.tensors.values(), *parts]:
+        for tensor in self.by_name().values():
             totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.nbytes
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def expert_name(layer_index: int, slot: int, part: str) -> str:
+    """Canonical name of an expert tensor."""
+    return f"{EXPERTS}{layer_index}.{slot}.{part}"
 
 
 def open_checkpoint(repository: Repository) -> Checkpoint:
@@ -107,6 +113,7 @@ def open_checkpoint(repository: Repository) -> Checkpoint:
         UnsupportedCheckpoint: A kind of checkpoint that is not read.
         NotFound, DamagedInput: Files missing or damaged.
     """
+    refuse_adapter(repository)
     if "config.json" not in repository.files():
         # Kinds that have no config.json have a message of their own.
         read_weight_headers(repository)

@@ -35,12 +35,14 @@ from moemerge.checkpoint.hub_errors import translated
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.checkpoint.side_files import find_side_files
 from moemerge.checkpoint.weights import (
+    ADAPTER,
     INDEX,
     PICKLE_INDEX,
     SINGLE,
     find_pickle_files,
     find_weight_files,
     has_only_pickles,
+    is_adapter,
     require_files,
 )
 from moemerge.errors import InvalidRecipe, NetworkFailure
@@ -236,6 +238,8 @@ def _missing_weights(folder: LocalFolder) -> list[str]:
     present = folder.files()
     if has_only_pickles(folder):
         return [name for name in find_pickle_files(folder) if name not in present]
+    if is_adapter(folder):
+        return [] if ADAPTER in present else [ADAPTER]
     if INDEX not in present and SINGLE not in present:
         return [SINGLE]
     return [name for name in find_weight_files(folder) if name not in present]

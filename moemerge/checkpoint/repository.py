@@ -42,8 +42,7 @@ class LocalFolder:
             raise NotFound(f"{path}: no such folder")
         if not path.is_dir():
             raise UnsupportedCheckpoint(f"{path}: not a checkpoint: expected a folder with config.json")
-        # Work on other nodes reads the same paths, from other folders.
-        self.path = path.absolute()
+        self.path = path
         self._label = label or str(path)
         self._origin = origin or f"local:{path.resolve().name}"
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moemerge.cli.answers import AnswerPrinter
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
 from moemerge.cli.engine import (
     DeviceOption,
@@ -69,7 +68,6 @@ def chat(
 
     Every line of standard input is a turn; /variant NAME switches, /reset begins anew, /quit leaves. Ctrl-C
     stops an answer, twice the program. Without sampling options the variant's own recommendation counts.
-    What a variant thinks before it answers goes to standard error.
 
     Example: moemerge chat duo.moe -v sums
     """
@@ -117,7 +115,6 @@ class _Talk:
     ) -> None:
         self.turns: list[dict[str, Any]] = []
         self.is_interactive = sys.stdin.isatty()
-        self._printer = AnswerPrinter(quiet=quiet, as_json=as_json)
         self._conversation = conversation
         self._wanted = wanted
         self._max_tokens = max_tokens
@@ -165,7 +162,7 @@ class _Talk:
 
     def _answer(self, line: str) -> None:
         found = self._say(line)
-        self._printer.write("\n")
+        self._write("\n")
         self.turns.append({"prompt": line, **found.as_dict()})
         if self._is_at_its_end(found) and not self._quiet and not self._as_json:
             hint(f"The context is full; {_ANEW}.")
@@ -181,8 +178,7 @@ class _Talk:
                     max_tokens=self._max_tokens,
                     sampling=sampling,
                     stop=self._stop,
-                    write=self._printer.write,
-                    think=self._printer.think,
+                    write=self._write,
                     is_cancelled=lambda: interrupt.is_set,
                 )
         except ContextExceeded as error:
@@ -194,6 +190,11 @@ class _Talk:
     def _is_at_its_end(self, answer: "Answer") -> bool:
         """The context, not `--max-tokens`, ended an answer."""
         return answer.finish_reason == "length" and len(answer.token_ids) < self._max_tokens
+
+    def _write(self, piece: str) -> None:
+        if not self._as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
 
 
 class _Interrupt:

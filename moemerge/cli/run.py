@@ -1,5 +1,6 @@
 """`moemerge run`."""
 
+import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -8,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moemerge.cli.answers import AnswerPrinter
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
 from moemerge.cli.engine import (
     DeviceOption,
@@ -142,23 +142,19 @@ def _run_prompt(
     # Before the pool is loaded, so that what cannot be is known at once.
     prompts = [texts.of(v).encode_chat(messages) if chat else texts.of(v).encode(text) for v in variants]
     answers: list[dict[str, Any]] = []
-    printer = AnswerPrinter(quiet=quiet, as_json=as_json)
+
+    def write(piece: str) -> None:
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
     with closing(Engine(texts.bundle, options)) as engine:
         for name, prompt_ids in zip(variants, prompts, strict=True):
             if len(variants) > 1:
-                printer.write(f"== {name}\n")
+                write(f"== {name}\n")
             swap = engine.ensure_resident(name)
-            found = answer(
-                engine,
-                texts.of(name),
-                prompt_ids,
-                sampling=sampling,
-                chat=chat,
-                write=printer.write,
-                think=printer.think,
-                **settings,
-            )
-            printer.write("\n")
+            found = answer(engine, texts.of(name), prompt_ids, sampling=sampling, write=write, **settings)
+            write("\n")
             if not quiet and not as_json:
                 _tell(swap, found)
             moved = {"moved_bytes": swap.moved_bytes, "kept_bytes": swap.kept_bytes}

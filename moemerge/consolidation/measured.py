@@ -36,9 +36,6 @@ class Statistics(Protocol):
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """Statistics of one layer of one variant."""
 
-    def at_layer(self, layer_index: int) -> "Statistics":
-        """The same for one layer: what is sent with work on it."""
-
 
 @dataclass(slots=True)
 class NoiseStatistics:
@@ -65,10 +62,6 @@ class NoiseStatistics:
             self._found[variant] = random_statistics(checkpoint, layer_index, seed=self.seed)
         return self._found[variant]
 
-    def at_layer(self, layer_index: int) -> "NoiseStatistics":
-        """See `Statistics`."""
-        return NoiseStatistics(self.variants.at_layer(layer_index), self.seed)
-
 
 @dataclass(frozen=True, slots=True)
 class TextStatistics:
@@ -94,10 +87,6 @@ class TextStatistics:
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """See `Statistics`."""
         return self.calibration.layer(variant, layer_index)
-
-    def at_layer(self, layer_index: int) -> "TextStatistics":
-        """See `Statistics`."""
-        return self
 
 
 @dataclass(frozen=True, slots=True)

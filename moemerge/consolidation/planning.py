@@ -1,8 +1,11 @@
-"""Make a plan: have every layer measured, let a policy decide, check the budget."""
+"""Make a plan: measure every layer, let a policy decide, check the budget.
 
-from collections.abc import Iterable
+Owns the loop over layers; measured layers are given to a keeper as they come, so that a killed run
+measures each layer once.
+"""
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,9 @@ from moemerge.checkpoint.fingerprint import fingerprint
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.budget import Budget, refuse_budget
-from moemerge.consolidation.evidence import LayerRecord
+from moemerge.consolidation.evidence import Evidence, LayerRecord
 from moemerge.consolidation.ladder import code_size, residual_size
-from moemerge.consolidation.layers import measure_costs, measure_layers, passing_steps
+from moemerge.consolidation.measure import Measurer, measurement_bytes
 from moemerge.consolidation.measured import NoiseStatistics, Statistics, decide, ladder_for
 from moemerge.consolidation.plan import ConsolidationPlan, PlannedExpert, PlannedLayer, PlannedVariant
 from moemerge.consolidation.policies import (
@@ -26,8 +29,7 @@ from moemerge.consolidation.policies import (
     relative_errors,
 )
 from moemerge.errors import IncompatibleInputs, InvalidRecipe
-from moemerge.execution import Executor
-from moemerge.progress import Progress
+from moemerge.progress import Progress, Silent
 from moemerge.similarity.matrices import LayerSimilarity
 
 MEASURED = "measured"
@@ -64,6 +66,36 @@ class PlanOptions:
         return self.policy == MEASURED and self.budget.text != "exact"
 
 
+def measure_layers(
+    variants: VariantSet,
+    progress: Progress | None = None,
+    *,
+    known: dict[int, LayerSimilarity] | None = None,
+    keep: Callable[[LayerSimilarity], object] | None = None,
+    max_ram: int | None = None,
+) -> list[LayerSimilarity]:
+    """Similarity of every routed layer.
+
+    Args:
+        variants: Local checkpoints.
+        progress: Told of bytes.
+        known: Layers that were measured before.
+        keep: Called with each layer that is measured now.
+        max_ram: Bytes of memory to stay within.
+    """
+    report = progress or Silent()
+    indices = [layer.index for layer in variants.first.routed_layers]
+    missing = [index for index in indices if index not in (known or {})]
+    report.start("similarity", measurement_bytes(variants) * len(missing) // max(1, len(indices)))
+    layers = dict(known or {})
+    with Measurer(variants, max_ram, report) as measurer:
+        for index in missing:
+            layers[index] = measurer.measure(index)
+            if keep:
+                keep(layers[index])
+    return [layers[index] for index in indices]
+
+
 def build_plan(
     variants: VariantSet,
     layers: list[LayerSimilarity],
@@ -96,6 +128,36 @@ def build_plan(
         can_share_more = options.policy == DEFAULT_POLICY and not options.within
         raise refuse_budget(options.budget, allowed, total, variant_bytes, can_share_more=can_share_more)
     return _plan_of(variants, options, reader, variant_bytes=variant_bytes, pool_bytes=total, layers=planned)
+
+
+def measure_costs(
+    layers: list[LayerSimilarity],
+    evidence: Evidence,
+    progress: Progress | None = None,
+    *,
+    known: dict[int, LayerRecord] | None = None,
+    keep: Callable[[LayerRecord], object] | None = None,
+) -> list[LayerRecord]:
+    """What sharing and codes cost in every layer.
+
+    Args:
+        layers: Similarity of every routed layer.
+        evidence: What it is measured on.
+        progress: Told of bytes.
+        known: Layers that were measured before.
+        keep: Called with each layer that is measured now.
+    """
+    report = progress or Silent()
+    ladder, _ = ladder_for(evidence.variants)
+    records = dict(known or {})
+    missing = [layer for layer in layers if layer.layer not in records]
+    total = sum(variant.expert_bytes for variant in evidence.variants.variants.values())
+    report.start("costs", total * len(missing) // max(1, len(layers)))
+    for layer in missing:
+        records[layer.layer] = evidence.measure(layer, ladder, report.advance)
+        if keep:
+            keep(records[layer.layer])
+    return [records[layer.layer] for layer in layers]
 
 
 def build_measured_plan(
@@ -178,8 +240,6 @@ def plan_variants(
     *,
     statistics: Statistics | None = None,
     max_ram: int | None = None,
-    executor: Executor | None = None,
-    beside: Path | None = None,
 ) -> ConsolidationPlan:
     """Measure local checkpoints and decide.
 
@@ -189,18 +249,17 @@ def plan_variants(
         progress: Told of bytes.
         statistics: Calibration, for the policy that measures costs; noise by default.
         max_ram: Bytes of memory to stay within.
-        executor: Does the work; this process by default.
-        beside: Where files may lie on the way, as in `passing_steps`.
 
     Raises:
         InvalidRecipe, NotEnoughRoom, DamagedInput: As `build_plan` and `Measurer`.
     """
-    with TensorReader() as reader, passing_steps(beside) as steps:
-        layers = measure_layers(variants, progress, steps=steps, max_ram=max_ram, executor=executor)
+    with TensorReader() as reader:
+        layers = measure_layers(variants, progress, max_ram=max_ram)
         if not options.is_measured:
             return build_plan(variants, layers, options, reader)
         found = statistics or NoiseStatistics(variants)
-        records = measure_costs(layers, variants, found, progress, steps=steps, executor=executor)
+        evidence = Evidence(variants=variants, statistics=found, reader=reader)
+        records = measure_costs(layers, evidence, progress)
         return build_measured_plan(variants, records, options, found, reader)
 
 

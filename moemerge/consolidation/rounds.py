@@ -17,14 +17,14 @@ from moemerge.bundle.writer import write_bytes
 from moemerge.calibration.passes import CalibrationOptions
 from moemerge.checkpoint.disk import check_disk
 from moemerge.checkpoint.variants import VariantSet
+from moemerge.consolidation.evidence import Evidence
 from moemerge.consolidation.finishing import draft_bundle
 from moemerge.consolidation.measured import Statistics
 from moemerge.consolidation.plan import ConsolidationPlan, PlannedLayer, dump_plan, read_plan
-from moemerge.consolidation.pools import Errors, layer_work
+from moemerge.consolidation.pools import Errors, write_layer
 from moemerge.consolidation.quality import Quality, RepairOptions, measure_quality, recall_quality
 from moemerge.consolidation.staging import WORK, Staging
 from moemerge.errors import InvalidRecipe, QualityGateFailed
-from moemerge.execution import Executor
 from moemerge.progress import Progress
 
 MORE_ROUNDS = 2
@@ -109,25 +109,27 @@ class Rounds:
     """Carries plans out.
 
     Attributes:
-        variants: Local checkpoints.
-        statistics: Of them, with passages to measure on.
+        evidence: Variants and their statistics.
+        statistics: The same, with passages to measure on.
         staging: Where files are written.
         target: What they will become.
         asked: What may be done to variants' own tensors.
         max_ram: Bytes of memory to stay within.
         report: Told of bytes.
-        executor: Does the work.
     """
 
-    variants: VariantSet
+    evidence: Evidence
     statistics: Statistics
     staging: Staging
     target: Path
     asked: RepairOptions
     max_ram: int | None
     report: Progress
-    executor: Executor
     _resumed: int = 0
+
+    @property
+    def _variants(self) -> VariantSet:
+        return self.evidence.variants
 
     def run(self, make_plan: MakePlan, gate: Gate) -> Carried:
         """Plan, write and measure until the gate lets the result through.
@@ -167,37 +169,35 @@ class Rounds:
 
     def _write_pools(self, plan: ConsolidationPlan) -> dict[int, Errors]:
         """Write the layers that are not there as planned; errors by layer index."""
-        missing = _bytes_to_write(self.variants, plan) - self.staging.finished_bytes()
+        missing = _bytes_to_write(self._variants, plan) - self.staging.finished_bytes()
         check_disk(self.target.parent, missing, f"writing {self.target}")
         self.report.start("pool", plan.stored_bytes)
         errors: dict[int, Errors] = {}
-        layers = []
+        self._resumed = 0
         for layer in plan.layers:
-            done = self.staging.finished(_pool_step(layer))
-            if done is None or done["layer"] != _digest(layer):
-                layers.append(layer)
+            step, digest = f"pool {layer.index}", _digest(layer)
+            done = self.staging.finished(step)
+            if done is None or done["layer"] != digest:
+                written = write_layer(self.staging.folder, self.evidence, layer, self.report.advance)
+                self.staging.finish(step, written.files, {"errors": written.errors, "layer": digest})
+                errors[layer.index] = written.errors
             else:
+                self._resumed += 1
                 errors[layer.index] = done["errors"]
                 self.report.advance(plan.stored_bytes // len(plan.layers))
-        self._resumed = len(errors)
-        works = [layer_work(self.staging.folder, self.variants, self.statistics, layer) for layer in layers]
-        for number, written in self.executor.map(works, self.report):
-            result = {"errors": written.errors, "layer": _digest(layers[number])}
-            self.staging.finish(_pool_step(layers[number]), written.files, result)
-            errors[layers[number].index] = written.errors
-        return {layer.index: errors[layer.index] for layer in plan.layers}
+        return errors
 
     def _recall(self, number: int) -> dict[str, Quality]:
         """What an interrupted run found in a round that it finished; empty otherwise."""
-        found = {name: recall_quality(self.staging, number, name) for name in self.variants.variants}
+        found = {name: recall_quality(self.staging, number, name) for name in self._variants.variants}
         known = {name: quality for name, quality in found.items() if quality is not None}
         return known if len(known) == len(found) else {}
 
     def _measure(self, number: int, plan: ConsolidationPlan, errors: dict[int, Errors]) -> dict[str, Quality]:
-        bundle = draft_bundle(self.variants, plan, errors, self.staging.folder)
+        bundle = draft_bundle(self._variants, plan, errors, self.staging.folder)
         gained = self.statistics.gained
         qualities = {}
-        for name, checkpoint in self.variants.variants.items():
+        for name, checkpoint in self._variants.variants.items():
             passages = _passages_of(self.statistics, name)
             if passages is None:
                 qualities[name] = Quality()
@@ -233,10 +233,6 @@ def corrected(
 
 def _bytes_to_write(variants: VariantSet, plan: ConsolidationPlan) -> int:
     return plan.stored_bytes + sum(variant.other_bytes for variant in variants.variants.values())
-
-
-def _pool_step(layer: PlannedLayer) -> str:
-    return f"pool {layer.index}"
 
 
 def _digest(layer: PlannedLayer) -> str:

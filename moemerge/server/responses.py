@@ -68,11 +68,10 @@ class ChatLogprobs(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """A variant's answer; where it thought first, that is apart."""
+    """A variant's answer."""
 
     role: Literal["assistant"]
     content: str
-    reasoning_content: str | None = None
 
 
 class ChatChoice(BaseModel):
@@ -100,7 +99,6 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
-    reasoning_content: str | None = None
 
 
 class ChatChunkChoice(BaseModel):
