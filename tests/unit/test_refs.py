@@ -128,7 +128,6 @@ def test_variant_of_a_bundle_is_told_from_other_references(tmp_path):
 )
 def test_base_and_adapter(text, base, adapter):
     assert parse_source(text) == AdaptedRef(base, adapter)
-    assert parse_source(str(parse_source(text))) == AdaptedRef(base, adapter)
     assert parse_model(text) == AdaptedRef(base, adapter)
 
 
