@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.completion import complete_variant
 from moemerge.cli.engine import (
     DeviceOption,
     DtypeOption,
@@ -46,7 +47,11 @@ def run(
     variants: Annotated[
         list[str] | None,
         typer.Option(
-            "--variant", "-v", metavar="NAME", help="Variant that answers; give it several times to compare."
+            "--variant",
+            "-v",
+            metavar="NAME",
+            help="Variant that answers; give it several times to compare.",
+            autocompletion=complete_variant,
         ),
     ] = None,
     source: Annotated[
