@@ -3,6 +3,7 @@
 Opened from headers alone, so all of this works before weights are downloaded.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from moemerge.checkpoint.settings import read_settings
 from moemerge.checkpoint.weights import find_quantised, read_weight_headers, refuse_adapter
 from moemerge.errors import Finding, UnsupportedCheckpoint, raise_findings
 
+logger = logging.getLogger(__name__)
 Parts = dict[str, StoredTensor]
 EXPERTS = "experts."
 """How canonical names of expert tensors begin."""
@@ -131,6 +133,7 @@ def open_checkpoint(repository: Repository) -> Checkpoint:
     findings += _check_sparse_steps(family, settings, config, where)
     findings += _check_choice(settings, where)
     raise_findings(findings, f"{repository.label} does not match family {family.model_type}")
+    logger.debug("%s: %s, %d tensors in %s", repository.label, family.title, len(stored), matched.layout)
     return Checkpoint(
         label=repository.label,
         family=family,

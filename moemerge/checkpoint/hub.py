@@ -4,6 +4,7 @@ Only this module and `hub_upload` talk to a network. A commit is resolved once a
 pinned to it. Files that were fetched completely are never fetched again; an interrupted file starts anew.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ from moemerge.errors import InvalidRecipe, NetworkFailure
 from moemerge.progress import Progress, Silent
 from moemerge.refs import HubRef
 
+logger = logging.getLogger(__name__)
 _PARALLEL_FILES = 4
 
 
@@ -177,6 +179,7 @@ def pull(
     files = files_to_pull(repository, allow_pickle=allow_pickle)
     missing = sum(file.size for file in files if not file.cached)
     check_disk(cache_folder(), missing, f"pulling {repository.label}")
+    logger.debug("%s: %d files, %d bytes of them to fetch", repository.label, len(files), missing)
     report = progress or Silent()
     report.start(f"pull {repository.label}", missing)
     folder = _fetch_all(repository, files, report)

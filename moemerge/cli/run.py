@@ -19,6 +19,7 @@ from moemerge.cli.engine import (
     open_with_files,
     use_huge_pages,
 )
+from moemerge.cli.progress import FIRST_SECONDS, PLAIN_SECONDS
 from moemerge.cli.sampling import (
     MinPOption,
     RepetitionOption,
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from moemerge.runner.options import EngineOptions
     from moemerge.runner.weights import Swap
     from moemerge.text.answers import Answer
-
-_TELL_SECONDS = 5.0
 
 
 def run(
@@ -216,15 +215,22 @@ def _run_file(
 
 
 class _Counter:
-    """Says now and then how far a file is."""
+    """Says how far a file is, at the pace of progress in lines."""
 
     def __init__(self, total: int, *, quiet: bool) -> None:
         self._total = total
         self._quiet = quiet
-        self._told = time.monotonic()
+        self._begin = time.monotonic()
+        self._next = self._begin + FIRST_SECONDS
+        self._before: int | None = None
 
     def tell(self, count: int) -> None:
         """So many lines have results."""
-        if not self._quiet and time.monotonic() - self._told > _TELL_SECONDS:
-            self._told = time.monotonic()
-            hint(f"{count} of {self._total} lines")
+        now = time.monotonic()
+        # What results were there at the start says nothing about the rate.
+        self._before = count - 1 if self._before is None else self._before
+        if self._quiet or now < self._next:
+            return
+        self._next = now + PLAIN_SECONDS
+        rate = (count - self._before) / (now - self._begin)
+        hint(f"{count} of {self._total} lines, {rate:.1f}/s, {(self._total - count) / rate:.0f} s left")

@@ -226,6 +226,7 @@ def _show_bundle(bundle: "Bundle", *, as_json: bool) -> None:
         "slots_per_layer": manifest.num_slots,
         "pool_experts": [layer.num_experts for layer in manifest.layers],
         "pool_bytes": manifest.pool_bytes,
+        "residual_bytes": manifest.residual_bytes,
         "bytes_ratio": manifest.bytes_ratio,
         "policy": manifest.provenance.policy,
         "budget": manifest.provenance.budget,
@@ -235,11 +236,12 @@ def _show_bundle(bundle: "Bundle", *, as_json: bool) -> None:
         print_json("show", data)
         return
     slots = len(manifest.layers) * manifest.num_slots
+    residuals = f", residuals {format_size(manifest.residual_bytes)}" if manifest.residual_bytes else ""
     typer.echo(
         f"{bundle.folder}: {manifest.family}, {len(variants)} variants, {len(manifest.layers)} layers of "
         f"{manifest.num_slots} slots\n"
-        f"pool {format_size(manifest.pool_bytes)}, {manifest.bytes_ratio:.3f} x one variant's experts "
-        f"(budget {manifest.provenance.budget}, policy {manifest.provenance.policy})"
+        f"pool {format_size(manifest.pool_bytes)}{residuals}: {manifest.bytes_ratio:.3f} x one variant's "
+        f"experts (budget {manifest.provenance.budget}, policy {manifest.provenance.policy})"
     )
     rows = [
         [
