@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 
 from moemerge.checkpoint.variants import open_variants
-from moemerge.consolidation.planning import measure_layers
+from moemerge.consolidation.layers import measure_layers
 from moemerge.refs import FolderRef
 
 

@@ -28,7 +28,7 @@ from moemerge.bench.machine import describe_machine
 from moemerge.bundle.reader import Bundle, open_bundle
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.errors import MoemergeError, NotFound
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from moemerge.bundle.verify import verify_bundle
     from moemerge.checkpoint.tokenizer import load_tokenizer
     from moemerge.checkpoint.variants import VariantSet, open_variants
+    from moemerge.consolidation.layers import write_similarity
     from moemerge.consolidation.pipeline import Merged, merge
     from moemerge.consolidation.plan import ConsolidationPlan, read_plan, write_plan
     from moemerge.consolidation.planning import PlanOptions, plan_variants
-    from moemerge.consolidation.recipe import options_of
-    from moemerge.consolidation.similarity_files import write_similarity
+    from moemerge.consolidation.task import options_of
     from moemerge.errors import Finding, MoemergeError
     from moemerge.refs import parse_source
     from moemerge.runner.engine import Engine
@@ -50,13 +50,13 @@ _HOMES = {
     "merge": "consolidation.pipeline",
     "open_bundle": "bundle.reader",
     "open_variants": "checkpoint.variants",
-    "options_of": "consolidation.recipe",
+    "options_of": "consolidation.task",
     "parse_source": "refs",
     "plan_variants": "consolidation.planning",
     "read_plan": "consolidation.plan",
     "verify_bundle": "bundle.verify",
     "write_plan": "consolidation.plan",
-    "write_similarity": "consolidation.similarity_files",
+    "write_similarity": "consolidation.layers",
 }
 
 __all__ = [

@@ -63,6 +63,8 @@ CHAT_TEMPLATE = (
 _CLASSES = {
     "mixtral": "MixtralForCausalLM",
     "switch_transformers": "SwitchTransformersForConditionalGeneration",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
 }
 _DRAWN_ROWS = 512
 
@@ -77,7 +79,7 @@ def write_checkpoint(
     only: Callable[[str], bool] | None = None,
     vocab: int | None = None,
     dtype: str | None = None,
-    layout: str = "per_expert",
+    layout: str | None = None,
     shard_bytes: int | None = None,
     weights: str = "safetensors",
     tied: bool | None = None,
@@ -98,7 +100,7 @@ def write_checkpoint(
         only: Canonical names that get noise, for example `lambda n: n.startswith("experts.1.")`.
         vocab: Rows of embedding and head; rows that `base` lacks are drawn anew.
         dtype: `BF16` (default), `F16`, `F32` or `F64`.
-        layout: `per_expert` or `stacked`.
+        layout: One of the family's, by name; the first unless given.
         shard_bytes: Start another file when one has so many bytes. Parts of an expert are far apart.
         weights: `safetensors`, or `pickle` for `pytorch_model.bin`.
         tied: Whether the head is the embedding and absent; the class default otherwise.
@@ -244,7 +246,7 @@ def _read_canonical(folder: Path) -> tuple[str, Settings, dict[str, Tensor], str
 def _tiny_settings(family: Family, overrides: Settings, vocab: int | None) -> Settings:
     values: Settings = {}
     for name, rule in family.settings.items():
-        choice = TINY.get(name, rule.default)
+        choice = TINY.get(name, rule.default) if rule.keys else rule.default
         if isinstance(rule.allowed, list) and choice not in rule.allowed:
             choice = rule.default
         if choice is None and rule.default_from:
@@ -301,11 +303,11 @@ def _fine_tune(
 
 
 def _name_tensors(
-    family: Family, settings: Settings, drawn: dict[str, Tensor], layout_name: str, dtype: torch.dtype
+    family: Family, settings: Settings, drawn: dict[str, Tensor], layout_name: str | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Tensors by their names on disk, with the parts of an expert far apart."""
-    number = [layout.name for layout in family.experts.layouts].index(layout_name)
-    layout = family.experts.layouts[number]
+    layouts = [layout.name for layout in family.experts.layouts]
+    number = layouts.index(layout_name or layouts[0])
     named = {
         names[min(number, len(names) - 1)]: drawn[role].to(dtype)
         for role, names, _ in family.expected_tensors(settings)
@@ -313,17 +315,29 @@ def _name_tensors(
     }
     slots = range(int(settings["num_experts"] or 0))
     for layer in family.routed_layers(settings):
-        for tensor in reversed(layout.tensors):
-            experts = [
-                torch.cat([drawn[f"experts.{layer.index}.{slot}.{part}"] for part in tensor.holds])
-                for slot in slots
-            ]
+        for tensor in reversed(family.experts.layouts[number].tensors):
+            experts = torch.stack(
+                [
+                    torch.stack([drawn[f"experts.{layer.index}.{slot}.{part}"] for part in tensor.holds])
+                    for slot in slots
+                ]
+            ).to(dtype)
             if tensor.is_stacked:
-                named[family.expert_tensor_name(tensor, layer)] = torch.stack(experts).to(dtype)
+                named[family.expert_tensor_name(tensor, layer)] = _lay_out(experts, tensor.axes)
                 continue
-            for slot, expert in zip(slots, experts, strict=True):
-                named[family.expert_tensor_name(tensor, layer, slot)] = expert.to(dtype)
+            for slot in slots:
+                one = _lay_out(experts[slot : slot + 1], ["expert", *tensor.axes])
+                named[family.expert_tensor_name(tensor, layer, slot)] = one[0]
     return named
+
+
+def _lay_out(experts: Tensor, axes: list[str]) -> Tensor:
+    """Experts [expert, part, row, column] or [expert, part, row] with their dimensions as `axes` say."""
+    dimensions = ["expert", "part", "row", "column"][: experts.ndim]
+    factors = [axis.split("*") for axis in axes]
+    order = [dimensions.index(factor) for own in factors for factor in own]
+    sizes = [math.prod(experts.shape[dimensions.index(factor)] for factor in own) for own in factors]
+    return experts.permute(order).reshape(sizes)
 
 
 def _tied_copies(family: Family, settings: Settings, named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -353,6 +367,7 @@ def _config(family: Family, settings: Settings, dtype: str, generation: str) -> 
             continue
         if isinstance(rule.allowed, dict):
             value = next((key for key, renamed in rule.allowed.items() if renamed == value), value)
+            value = json.loads(value) if rule.kind == "boolean" and isinstance(value, str) else value
         if generation == "4" and name == "tied_head" and value == rule.default:
             continue
         _put(config, rule.keys, value, generation)

@@ -12,8 +12,9 @@ from moemerge.bench.metrics import Record
 from moemerge.bench.worker import Counts, WorkerSpec
 from moemerge.bench.workloads import Trace
 from moemerge.bundle.reader import Bundle, open_bundle
+from moemerge.models.geometry import cache_geometry
 from moemerge.runner.engine import Engine
-from moemerge.runner.forward import cache_geometry, model_of
+from moemerge.runner.forward import model_of
 from moemerge.runner.options import EngineOptions, choose_device, choose_dtype
 from moemerge.runner.request import Request
 

@@ -276,10 +276,11 @@ def _check_settings(bundle: Bundle, variant: str) -> None:
         value = settings.get(name)
         absent_on_purpose = value is None and name in settings and rule.optional
         if not absent_on_purpose and (
-            type(value) not in _KINDS[rule.kind] or (isinstance(value, int) and value < 0)
+            type(value) not in _KINDS[rule.value_kind] or (isinstance(value, int) and value < 0)
         ):
             raise DamagedBundle(
-                f"{bundle.folder}: variant {variant}: setting {name} is {value!r}, expected a {rule.kind}"
+                f"{bundle.folder}: variant {variant}: setting {name} is {value!r}, "
+                f"expected a {rule.value_kind}"
             )
 
 

@@ -3,7 +3,6 @@
 A variant is written beside its place and appears whole; others that are there stay as they are.
 """
 
-import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moemerge import __version__
 from moemerge.bundle.target import locked, writing
+from moemerge.calibration.passages import PASSAGES, Passages, read_passages, spread, write_passages
 from moemerge.calibration.passes import (
     CalibrationOptions,
     calibrate_variant,
     mean_nll,
     measure_nll,
 )
+from moemerge.calibration.sensitivity import measure_sensitivity
 from moemerge.calibration.statistics import LayerStatistics, layer_of_tensors, layer_tensors
 from moemerge.calibration.texts import Passage, Text, load_texts
 from moemerge.checkpoint.checkpoint import Checkpoint
@@ -40,9 +41,9 @@ from moemerge.progress import Progress
 
 SCHEMA = "moemerge/calibration@1"
 INDEX = "calibration.json"
-# What a base is compared on, spread over the text.
-_COMPARED_TOKENS = 8192
-logger = logging.getLogger(__name__)
+# What a base is compared on, and what layers are disturbed on, spread over the text.
+_COMPARED_TOKENS, _DISTURBED_TOKENS = 8192, 2048
+_DIGITS = 6
 
 
 class VariantCalibration(BaseModel):
@@ -53,13 +54,16 @@ class VariantCalibration(BaseModel):
         text_sha256: Of the text's file.
         num_tokens: Tokens that were used.
         num_passages: Windows, or rows of input and target.
+        num_held_out: How many of them were not counted, to measure on.
         max_tokens: Tokens that were asked for.
         window: Tokens of a window that were asked for.
         reservoir: Tokens sampled per slot.
         seed: Of the sample.
         dtype: Of the computation.
-        nll: Mean negative log-likelihood in nats of the variant on its text.
-        base_nll_excess: By how much the base's is higher, on a part of the text; None without a base.
+        nll: Mean negative log-likelihood in nats of the variant on what was counted.
+        base_nll_excess: By how much the base's is higher, on a part of the text that was not counted
+            where there is one; None without a base.
+        sensitivity: By layer index, nats lost for each unit of damage there; see `sensitivity.Sensitivity`.
         moemerge: Version that made it.
     """
 
@@ -68,6 +72,7 @@ class VariantCalibration(BaseModel):
     text_sha256: str
     num_tokens: int = Field(gt=0)
     num_passages: int = Field(gt=0)
+    num_held_out: int = Field(default=0, ge=0)
     max_tokens: int = Field(gt=0)
     window: int = Field(gt=0)
     reservoir: int = Field(gt=0)
@@ -75,6 +80,7 @@ class VariantCalibration(BaseModel):
     dtype: str
     nll: float
     base_nll_excess: float | None = None
+    sensitivity: dict[int, float] = Field(default_factory=dict)
     moemerge: str
 
 
@@ -115,6 +121,18 @@ class Calibration:
         if len(layer.slots) != self.index.num_slots or widths != {self.index.hidden_size}:
             raise DamagedInput(f"{path}: statistics of another geometry than {INDEX} says")
         return layer
+
+    def passages(self, variant: str) -> Passages:
+        """The variant's text in its tokens.
+
+        Raises:
+            NotFound, DamagedInput: The file is missing or damaged.
+        """
+        path = self.folder / variant / PASSAGES
+        try:
+            return read_passages(path)
+        except (KeyError, ValueError) as error:
+            raise DamagedInput(f"{path}: not the passages of a variant ({error})") from error
 
     def check(self, variants: VariantSet) -> None:
         """Make sure that these statistics are of these variants.
@@ -190,12 +208,12 @@ def calibrate(
                 reused.append(name)
                 continue
             check_disk(folder, _folder_bytes(checkpoint, options), f"calibrating {name}")
+            passages = Passages.divide(texts[name].passages)
             with _replacing(folder, name, index) as place:
-                nll = _write_layers(checkpoint, texts[name].passages, place, options, progress, name)
-            entry = entry.model_copy(update={"nll": mean_nll(nll, texts[name].passages)})
-            if variants.base is not None:
-                excess = _compare(variants.base, texts[name].passages, nll, options, progress, name)
-                entry = entry.model_copy(update={"base_nll_excess": excess})
+                nll = _write_layers(checkpoint, passages.counted, place, options, progress, name)
+                write_passages(passages, place / PASSAGES)
+            measured = _measure(name, checkpoint, variants.base, passages, options, progress)
+            entry = entry.model_copy(update={"nll": mean_nll(nll, passages.counted), **measured})
             index = index.model_copy(update={"variants": {**index.variants, name: entry}})
             write_text(folder / INDEX, _dump(index))
             findings += _judge(name, entry, texts[name])
@@ -263,6 +281,7 @@ def _describe(checkpoint: Checkpoint, text: Text, options: CalibrationOptions) -
         text_sha256=text.sha256,
         num_tokens=text.num_tokens,
         num_passages=len(text.passages),
+        num_held_out=len(Passages.divide(text.passages).held_out),
         max_tokens=options.num_tokens,
         window=options.window,
         reservoir=options.reservoir,
@@ -276,10 +295,11 @@ def _describe(checkpoint: Checkpoint, text: Text, options: CalibrationOptions) -
 def _is_there(folder: Path, name: str, entry: VariantCalibration, index: CalibrationIndex) -> bool:
     """Whether the same was calibrated before, and its files are there."""
     there = index.variants.get(name)
-    measured = {"nll", "base_nll_excess", "moemerge"}
+    measured = {"nll", "base_nll_excess", "sensitivity", "moemerge"}
     if there is None or there.model_dump(exclude=measured) != entry.model_dump(exclude=measured):
         return False
-    return all((folder / name / layer_file(layer)).is_file() for layer in index.layers)
+    files = [PASSAGES, *map(layer_file, index.layers)]
+    return all((folder / name / file).is_file() for file in files)
 
 
 @contextmanager
@@ -329,22 +349,43 @@ def _folder_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:
     return (len(checkpoint.routed_layers) + 1) * checkpoint.num_experts * slot
 
 
-def _compare(
-    base: Checkpoint,
-    passages: Sequence[Passage],
-    nll: Sequence[float],
+def _measure(
+    name: str,
+    checkpoint: Checkpoint,
+    base: Checkpoint | None,
+    passages: Passages,
     options: CalibrationOptions,
     progress: Progress | None,
+) -> dict[str, object]:
+    """What damage costs in every layer, and what fine-tuning gained where there is a base; by field."""
+    # A text too short to hold anything out is better than none.
+    every = passages.held_out or passages.counted
+    disturbed = spread(every, _DISTURBED_TOKENS)
+    found = measure_sensitivity(checkpoint, disturbed, options, progress, f"disturbing {name}")
+    measured: dict[str, object] = {
+        "sensitivity": {index: float(f"{value:.{_DIGITS}g}") for index, value in found.by_layer.items()}
+    }
+    if base is not None:
+        chosen = spread(every, _COMPARED_TOKENS)
+        measured["base_nll_excess"] = _compare(name, checkpoint, base, chosen, options, progress)
+    return measured
+
+
+def _compare(
     name: str,
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    passages: Sequence[Passage],
+    options: CalibrationOptions,
+    progress: Progress | None,
 ) -> float | None:
-    """Mean log-likelihood of the base minus the variant's, on passages spread over the text."""
-    step = -(-sum(passage.num_tokens for passage in passages) // _COMPARED_TOKENS)
-    chosen = list(passages[::step])
+    """Mean log-likelihood of the base minus the variant's; None when the base does not know the tokens."""
     vocab_size = int(base.settings["vocab_size"] or 0)
-    if any(max((*passage.token_ids, *passage.target_ids)) >= vocab_size for passage in chosen):
+    if any(max((*passage.token_ids, *passage.target_ids)) >= vocab_size for passage in passages):
         return None
-    of_base = measure_nll(base, chosen, options, progress, f"base on {name}'s text")
-    return mean_nll(of_base, chosen) - mean_nll(nll[::step], chosen)
+    of_base = measure_nll(base, passages, options, progress, f"base on {name}'s text")
+    own = measure_nll(checkpoint, passages, options, progress, f"{name} on its text")
+    return mean_nll(of_base, passages) - mean_nll(own, passages)
 
 
 def _judge(name: str, entry: VariantCalibration, text: Text) -> list[Finding]:

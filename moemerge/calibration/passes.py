@@ -37,6 +37,7 @@ from moemerge.models import (
 )
 from moemerge.progress import Progress, Silent
 
+DEFAULT_TOKENS = 65536
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The interpreter with torch and everything else that does not grow with the work.
 _FIXED_BYTES = 400 * 2**20
@@ -60,7 +61,7 @@ class CalibrationOptions:
         max_ram: Bytes of memory to stay within; None for most of what is free.
     """
 
-    num_tokens: int = 65536
+    num_tokens: int = DEFAULT_TOKENS
     window: int = WINDOW_TOKENS
     reservoir: int = 1024
     seed: int = 0
@@ -203,7 +204,7 @@ def _token_bytes(checkpoint: Checkpoint, longest: int, options: CalibrationOptio
     if checkpoint.family.arithmetic == "encoder_decoder":
         # Relative positions make masks: scores, the mask, and what both are made from.
         entries += num_heads * (4 * longest + int(settings["position_buckets"] or 0)) + 3 * longest
-    elif settings["sliding_window"]:
+    elif settings.get("sliding_window"):
         entries += 6 * longest
     return entries * max(4, DTYPES[options.dtype].itemsize)
 

@@ -3,11 +3,11 @@
 import torch
 
 from moemerge.calibration.statistics import LayerStatistics
-from moemerge.calibration.streaming import CheckpointSource, StreamedExperts
+from moemerge.calibration.streaming import CheckpointSource, StreamedExperts, StreamedWeights
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.models import Decoder, build_model, multiply
-from moemerge.models.routing import TOKEN_ROUTINGS, switch_top1
+from moemerge.models.routing import switch_top1
 
 
 def random_statistics(
@@ -39,10 +39,10 @@ def random_statistics(
         source = CheckpointSource(checkpoint, reader)
         role = f"{layer.stack}.{layer.block}"
         hidden_TD = noise_TD * source.stored(f"{role}.ffn_norm").float()
-        logits_TE = multiply(hidden_TD, source.stored(f"{role}.router"))
         if isinstance(model, Decoder):
-            route = TOKEN_ROUTINGS[model.config.routing](logits_TE, chosen)
+            route = model.route(layer.block, hidden_TD, StreamedWeights(source))
         else:
+            logits_TE = multiply(hidden_TD, source.stored(f"{role}.router"))
             route = switch_top1(logits_TE, hidden_TD.dtype)
         experts = StreamedExperts(
             source, model.config.activation, keys, reservoir, lambda _, statistics: kept.append(statistics)

@@ -4,31 +4,30 @@ A family is one JSON file beside this module. Only this module, those files and 
 model types; an `if model_type ==` anywhere else means that the description lacks a field.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from moemerge.checkpoint.expert_layout import Described, ExpertRule, ExpertTensor
 from moemerge.errors import Finding, UnsupportedCheckpoint
 
 Setting = int | float | str | bool | None
 Settings = dict[str, Setting]
 
 
-class _Described(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SettingRule(_Described):
+class SettingRule(Described):
     """Where one setting stands in `config.json` and how it may differ between variants.
 
     Attributes:
         keys: Aliases, dots for nesting; where two are present they must agree.
         default: Value of the reference implementation's class when no key is present.
+        optional: Whether there may be none; where there is a default, null says so.
         default_from: Setting to copy, or numerator and denominator settings.
-        allowed: Values moemerge computes; a mapping also renames them.
+        allowed: Values moemerge computes; a mapping also renames them, true and false by these names.
         may_be_zero: Whether a number 0 means something.
         variants: `equal` must agree between variants, `warn` and `free` may differ.
     """
@@ -43,8 +42,13 @@ class SettingRule(_Described):
     allowed: list[Setting] | dict[str, str] | None = None
     variants: Literal["equal", "warn", "free"] = "equal"
 
+    @property
+    def value_kind(self) -> str:
+        """Kind of the setting itself; what a mapping gives is a string."""
+        return "string" if isinstance(self.allowed, dict) else self.kind
 
-class RoutedRule(_Described):
+
+class RoutedRule(Described):
     """Which layers of a stack have experts: all, or index modulo a step equal to 1."""
 
     rule: Literal["all", "step"]
@@ -52,53 +56,31 @@ class RoutedRule(_Described):
     count: str | None = None
 
 
-class Stack(_Described):
+class Stack(Described):
     """A run of layers; its constants fill placeholders of tensor names."""
 
     name: str
     layers: str
     routed: RoutedRule
-    constants: dict[str, str] = {}
+    constants: dict[str, str] = Field(default_factory=dict)
 
 
-class TensorPattern(_Described):
-    """One role; the first of `names` is the one that `export` writes."""
+class TensorPattern(Described):
+    """One role; the first of `names` is the one that `export` writes.
+
+    With `when` it is there only if that setting is true.
+    """
 
     role: str
     shape: list[str]
     names: list[str]
     layers: Literal["all", "routed", "dense"] = "all"
     stack: str | None = None
+    when: str | None = None
     tied_to: str | None = None
 
 
-class ExpertTensor(_Described):
-    """A tensor holding one or more parts, of one expert or (without `{expert}`) of all, stacked."""
-
-    name: str
-    holds: list[str]
-
-    @property
-    def is_stacked(self) -> bool:
-        """Whether the tensor's first dimension counts experts."""
-        return "{expert}" not in self.name
-
-
-class ExpertLayout(_Described):
-    """One way in which the experts of a layer lie on disk."""
-
-    name: str
-    tensors: list[ExpertTensor]
-
-
-class ExpertRule(_Described):
-    """Parts of an expert with their symbolic shapes, and the layouts; the first is exported."""
-
-    parts: dict[str, list[str]]
-    layouts: list[ExpertLayout]
-
-
-class RoutedLayer(_Described):
+class RoutedLayer(Described):
     """A layer with experts.
 
     Attributes:
@@ -112,21 +94,26 @@ class RoutedLayer(_Described):
     block: int
 
 
-class Family(_Described):
-    """An architecture described once."""
+class Family(Described):
+    """An architecture described once.
+
+    `parity` is the largest difference of logits from those of the reference, in float32 on tiny random
+    models, that the tests allow.
+    """
 
     schema_: Literal["moemerge/family@1"] = Field(alias="schema")
     model_type: str
     title: str
     reference: str
+    parity: float
     arithmetic: Literal["decoder", "encoder_decoder"]
     settings: dict[str, SettingRule]
     ignored_settings: dict[str, str]
     stacks: list[Stack]
     tensors: list[TensorPattern]
     experts: ExpertRule
-    tied_copies: dict[str, str] = {}
-    dropped_tensors: dict[str, str] = {}
+    tied_copies: dict[str, str] = Field(default_factory=dict)
+    dropped_tensors: dict[str, str] = Field(default_factory=dict)
 
     def symbols(self, settings: Settings) -> dict[str, int]:
         """Values of the shape letters."""
@@ -163,6 +150,8 @@ class Family(_Described):
         """Every non-expert role with its possible names, exported one first, and its pattern."""
         layers = list(self.stack_layers(settings))
         for pattern in self.tensors:
+            if pattern.when and not settings[pattern.when]:
+                continue
             if "{layer}" in pattern.role:
                 for stack, block, _ in layers:
                     if _applies(pattern, stack, routed=self.is_routed(stack, block, settings)):
@@ -199,14 +188,8 @@ def effective_step(stack: Stack, settings: Settings) -> int:
 
 
 def evaluate_shape(shape: list[str], symbols: dict[str, int]) -> tuple[int, ...]:
-    """A symbolic shape such as `["H*h", "D"]` in numbers."""
-    sizes = []
-    for entry in shape:
-        size = 1
-        for factor in entry.split("*"):
-            size *= int(factor) if factor.isdigit() else symbols[factor]
-        sizes.append(size)
-    return tuple(sizes)
+    """A symbolic shape such as `["H*h", "D"]` or `["c+r", "D"]` in numbers."""
+    return tuple(sum(_product(term, symbols) for term in entry.split("+")) for entry in shape)
 
 
 @cache
@@ -240,6 +223,10 @@ def find_family(model_type: object, where: str) -> Family:
 def _applies(pattern: TensorPattern, stack: Stack, *, routed: bool) -> bool:
     in_stack = pattern.stack is None or pattern.stack == stack.name
     return in_stack and (pattern.layers == "all" or (pattern.layers == "routed") == routed)
+
+
+def _product(term: str, symbols: dict[str, int]) -> int:
+    return math.prod(int(factor) if factor.isdigit() else symbols[factor] for factor in term.split("*"))
 
 
 def _fill(template: str, values: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ Source: format description at https://huggingface.co/docs/safetensors/index#form
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor, or consecutive rows of one, as a byte range of a file.
+    """A tensor, or some of its entries, as a byte range of a file.
 
     Attributes:
         path: The file; for a hub file that is not downloaded, repository and name, for messages.
@@ -37,6 +37,7 @@ class StoredTensor:
         shape: Sizes.
         start: First byte, counted from the beginning of the file.
         is_local: Whether the bytes can be read from `path`.
+        strides: Entries from one index to the next, by dimension; None when the entries follow each other.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     is_local: bool = True
+    strides: tuple[int, ...] | None = None
 
     @property
     def num_elements(self) -> int:
@@ -53,20 +55,27 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Bytes of the entries."""
         return self.num_elements * DTYPE_BYTES[self.dtype]
 
-    def rows(self, first: int, count: int, shape: tuple[int, ...]) -> "StoredTensor":
-        """`count` entries of the first dimension from `first` on, seen as `shape`."""
-        row_bytes = self.nbytes // self.shape[0]
-        assert math.prod(shape) * DTYPE_BYTES[self.dtype] == count * row_bytes
-        return StoredTensor(
-            path=self.path,
-            name=f"{self.name}[{first}:{first + count}]",
-            dtype=self.dtype,
+    @property
+    def span_bytes(self) -> int:
+        """Bytes in the file from the first entry to the last."""
+        if self.strides is None:
+            return self.nbytes
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * DTYPE_BYTES[self.dtype]
+
+    def view(self, name: str, first: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> "StoredTensor":
+        """Some entries of a whole tensor, from the one numbered `first` on."""
+        assert self.strides is None
+        lengths = [math.prod(shape[number + 1 :]) for number in range(len(shape))]
+        return replace(
+            self,
+            name=name,
             shape=shape,
-            start=self.start + first * row_bytes,
-            is_local=self.is_local,
+            start=self.start + first * DTYPE_BYTES[self.dtype],
+            strides=None if list(strides) == lengths else strides,
         )
 
 

@@ -6,14 +6,8 @@ Pure: names and shapes in, places and findings out.
 import difflib
 from dataclasses import dataclass, field
 
-from moemerge.checkpoint.family import (
-    ExpertLayout,
-    ExpertTensor,
-    Family,
-    RoutedLayer,
-    Settings,
-    evaluate_shape,
-)
+from moemerge.checkpoint.expert_layout import ExpertLayout, ExpertTensor
+from moemerge.checkpoint.family import Family, RoutedLayer, Settings, evaluate_shape
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.errors import Finding
 
@@ -71,7 +65,7 @@ def match_tensors(
     _drop_copies(matched, family, settings)
     if matched.unplaced:
         names = list(matched.unplaced)
-        shown = "; ".join(f"{name}{nearest(name, known)}" for name in names[:_SHOWN])
+        shown = "; ".join(f"{name}{_nearest(name, known)}" for name in names[:_SHOWN])
         rest = f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         matched.error(
             "TENSOR_UNKNOWN",
@@ -160,25 +154,13 @@ def _place_expert_tensor(
     matched: MatchedTensors, family: Family, settings: Settings, layer: RoutedLayer, tensor: ExpertTensor
 ) -> None:
     num_experts = int(settings["num_experts"] or 0)
-    shapes = {part: family.part_shape(part, settings) for part in tensor.holds}
-    rows = sum(shape[0] for shape in shapes.values())
-    columns = next(iter(shapes.values()))[1]
-    if not tensor.is_stacked:
-        (part,) = tensor.holds
-        for slot in range(num_experts):
-            stored = matched.take(family.expert_tensor_name(tensor, layer, slot), shapes[part])
-            matched.experts.setdefault((layer.index, slot), {})[part] = stored
-        return
-    stored = matched.take(family.expert_tensor_name(tensor, layer), (num_experts, rows, columns))
-    if stored.shape != (num_experts, rows, columns):
-        return
-    for slot in range(num_experts):
-        one = stored.rows(slot, 1, (rows, columns))
-        first = 0
-        for part, shape in shapes.items():
-            part_tensor = one.rows(first, shape[0], shape)
-            matched.experts.setdefault((layer.index, slot), {})[part] = part_tensor
-            first += shape[0]
+    part_shape = family.part_shape(tensor.holds[0], settings)
+    shape = tensor.shape(part_shape, num_experts)
+    for first in range(1 if tensor.is_stacked else num_experts):
+        stored = matched.take(family.expert_tensor_name(tensor, layer, first), shape)
+        if stored.shape == shape:
+            for slot, part, place in tensor.places(stored, part_shape, num_experts):
+                matched.experts.setdefault((layer.index, first + slot), {})[part] = place
 
 
 def _drop_copies(matched: MatchedTensors, family: Family, settings: Settings) -> None:
@@ -196,7 +178,6 @@ def _drop_copies(matched: MatchedTensors, family: Family, settings: Settings) ->
                 matched.dropped[name] = reason
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """The known name that is most like one that is not known, for messages; empty when none is."""
+def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known[:2000], n=1, cutoff=0.6)
     return f" (nearest known: {close[0]})" if close else ""

@@ -42,7 +42,8 @@ class LocalFolder:
             raise NotFound(f"{path}: no such folder")
         if not path.is_dir():
             raise UnsupportedCheckpoint(f"{path}: not a checkpoint: expected a folder with config.json")
-        self.path = path
+        # Work on other nodes reads the same paths, from other folders.
+        self.path = path.absolute()
         self._label = label or str(path)
         self._origin = origin or f"local:{path.resolve().name}"
 

@@ -85,6 +85,8 @@ def _read_setting(
                 fix="Keep the right one",
             )
         ]
+    if not present and rule.optional and any(_is_null(config, key) for key in rule.keys):
+        return None, []
     if not present:
         return _absent(name, rule, settings, where)
     key, value = next(iter(present.items()))
@@ -114,10 +116,15 @@ def _absent(name: str, rule: SettingRule, settings: Settings, where: str) -> tup
 def _allowed(key: str, value: Any, rule: SettingRule, where: str) -> tuple[Setting, list[Finding]]:
     if rule.allowed is None or (isinstance(rule.allowed, list) and value in rule.allowed):
         return value, []
-    if isinstance(rule.allowed, dict) and value in rule.allowed:
-        return rule.allowed[value], []
+    if isinstance(rule.allowed, dict) and (spelt := _spelt(value)) in rule.allowed:
+        return rule.allowed[spelt], []
     choices = ", ".join(repr(choice) for choice in rule.allowed)
     return None, [_error("CONFIG_UNSUPPORTED", where, f"{key} = {value!r}", choices)]
+
+
+def _spelt(value: Any) -> str:
+    """A value as mappings name it: truth values as in JSON."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _unknown_keys(config: dict[str, Any], family: Family, where: str) -> list[Finding]:
@@ -148,6 +155,13 @@ def _lookup(config: dict[str, Any], key: str) -> Any:
     for step in key.split("."):
         value = value.get(step) if isinstance(value, dict) else None
     return value
+
+
+def _is_null(config: dict[str, Any], key: str) -> bool:
+    """Whether the key is there and says that there is none."""
+    *outer, last = key.split(".")
+    place = _lookup(config, ".".join(outer)) if outer else config
+    return isinstance(place, dict) and last in place and place[last] is None
 
 
 def _is_kind(value: Any, kind: str) -> bool:

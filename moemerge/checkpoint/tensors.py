@@ -33,6 +33,7 @@ class TensorReader(AbstractContextManager["TensorReader"]):
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
         self._opening = threading.Lock()
+        self._gathered = threading.local()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -47,10 +48,26 @@ class TensorReader(AbstractContextManager["TensorReader"]):
         Raises:
             DamagedInput, NotFound: The file has become shorter or is gone since its header was read.
         """
+        if tensor.strides is None:
+            self._read_range(tensor, buffer, tensor.start + offset)
+        else:
+            buffer[:] = self._gather(tensor, tensor.strides)[offset : offset + len(buffer)]
+
+    def _gather(self, tensor: StoredTensor, strides: tuple[int, ...]) -> memoryview:
+        """Entries that do not follow each other, side by side; a thread keeps those it asked for last."""
+        if getattr(self._gathered, "tensor", None) != tensor:
+            dtype = torch_dtype(tensor)
+            span = torch.empty(tensor.span_bytes // dtype.itemsize, dtype=dtype)
+            self._read_range(tensor, bytes_of(span), tensor.start)
+            self._gathered.values = span.as_strided(tensor.shape, strides).contiguous()
+            self._gathered.tensor = tensor
+        return bytes_of(self._gathered.values)
+
+    def _read_range(self, tensor: StoredTensor, buffer: memoryview, start: int) -> None:
         descriptor = self._open(tensor)
         done = 0
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], tensor.start + offset + done)
+            count = os.preadv(descriptor, [buffer[done:]], start + done)
             if count == 0:
                 raise DamagedInput(
                     f"{tensor.path}: ends within tensor {tensor.name}; was it changed just now?"

@@ -1,12 +1,12 @@
 """The program: its commands in the order of the work."""
 
-import inspect
 from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
 
 from moemerge.cli import (
+    add,
     bench,
     calibrate,
     chat,
@@ -22,6 +22,7 @@ from moemerge.cli import (
     plan,
     pull,
     push,
+    remove,
     report,
     run,
     schema,
@@ -31,7 +32,6 @@ from moemerge.cli import (
     verify,
 )
 from moemerge.cli.command import command
-from moemerge.cli.logs import show_logs
 from moemerge.cli.program import run_program
 
 app = typer.Typer(
@@ -57,30 +57,23 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _program(
-    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
-    verbose: bool = typer.Option(
-        False, "--verbose", "-v", help="As --verbose of every command, whose -v is a variant."
-    ),
 ) -> None:
-    context.with_resource(show_logs(verbose=verbose))
+    pass
 
 
 _BUILT_IN = {"evaluate": "eval"}
 """Commands whose names are built-in functions', which no function of ours replaces."""
 
 for module in (
-    init, pull, show, diff, similarity, calibrate, plan, merge, report, verify, evaluate, compare, export,
-    push, run, chat, serve, bench, demo, families, schema, doctor,
+    init, pull, show, diff, similarity, calibrate, plan, merge, add, remove, report, verify, evaluate,
+    compare, export, push, run, chat, serve, bench, demo, families, schema, doctor,
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     shown = _BUILT_IN.get(name, name)
-    function = getattr(module, name)
-    # Given as it is, the first line of a description is not cut to one line of the terminal.
-    summary = (inspect.getdoc(function) or "").partition("\n\n")[0]
-    app.command(shown, short_help=summary)(command(function, shown))
+    app.command(shown)(command(getattr(module, name), shown))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moemerge.cli.answers import AnswerPrinter
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
-from moemerge.cli.completion import complete_variant
 from moemerge.cli.engine import (
     DeviceOption,
     DtypeOption,
@@ -45,11 +45,7 @@ def chat(
     variant: Annotated[
         str | None,
         typer.Option(
-            "--variant",
-            "-v",
-            metavar="NAME",
-            help="Who answers first; the bundle's first variant.",
-            autocompletion=complete_variant,
+            "--variant", "-v", metavar="NAME", help="Who answers first; the bundle's first variant."
         ),
     ] = None,
     system: Annotated[
@@ -73,6 +69,7 @@ def chat(
 
     Every line of standard input is a turn; /variant NAME switches, /reset begins anew, /quit leaves. Ctrl-C
     stops an answer, twice the program. Without sampling options the variant's own recommendation counts.
+    What a variant thinks before it answers goes to standard error.
 
     Example: moemerge chat duo.moe -v sums
     """
@@ -120,6 +117,7 @@ class _Talk:
     ) -> None:
         self.turns: list[dict[str, Any]] = []
         self.is_interactive = sys.stdin.isatty()
+        self._printer = AnswerPrinter(quiet=quiet, as_json=as_json)
         self._conversation = conversation
         self._wanted = wanted
         self._max_tokens = max_tokens
@@ -167,7 +165,7 @@ class _Talk:
 
     def _answer(self, line: str) -> None:
         found = self._say(line)
-        self._write("\n")
+        self._printer.write("\n")
         self.turns.append({"prompt": line, **found.as_dict()})
         if self._is_at_its_end(found) and not self._quiet and not self._as_json:
             hint(f"The context is full; {_ANEW}.")
@@ -183,7 +181,8 @@ class _Talk:
                     max_tokens=self._max_tokens,
                     sampling=sampling,
                     stop=self._stop,
-                    write=self._write,
+                    write=self._printer.write,
+                    think=self._printer.think,
                     is_cancelled=lambda: interrupt.is_set,
                 )
         except ContextExceeded as error:
@@ -195,11 +194,6 @@ class _Talk:
     def _is_at_its_end(self, answer: "Answer") -> bool:
         """The context, not `--max-tokens`, ended an answer."""
         return answer.finish_reason == "length" and len(answer.token_ids) < self._max_tokens
-
-    def _write(self, piece: str) -> None:
-        if not self._as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
 
 
 class _Interrupt:

@@ -12,7 +12,6 @@ from moemerge.cli.command import (
     print_findings,
     print_json,
 )
-from moemerge.cli.completion import complete_variant
 from moemerge.cli.progress import show_progress
 from moemerge.errors import InvalidRecipe
 
@@ -42,10 +41,7 @@ def evaluate(
         str | None, typer.Option("--base", metavar="REF", help="Common ancestor, for the gain recovered.")
     ] = None,
     variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--variant", "-v", metavar="NAME", help="Measure only these.", autocompletion=complete_variant
-        ),
+        list[str] | None, typer.Option("--variant", "-v", metavar="NAME", help="Measure only these.")
     ] = None,
     windows: WindowsOption = 96,
     window: WindowOption = 256,

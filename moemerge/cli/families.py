@@ -42,14 +42,16 @@ def _list(found: "list[Family]", *, as_json: bool) -> None:
         print_json("families", {"families": [_summary(family) for family in found]})
         return
     rows = [[str(value) for value in _summary(family).values()] for family in found]
-    print_table("Supported families", ["model_type", "title", "arithmetic", "reference"], rows)
+    print_table("Supported families", ["model_type", "title", "arithmetic", "parity", "reference"], rows)
+    typer.echo("Parity: largest difference of logits from the reference on tiny models, float32.")
 
 
-def _summary(family: "Family") -> dict[str, str]:
+def _summary(family: "Family") -> dict[str, str | float]:
     return {
         "model_type": family.model_type,
         "title": family.title,
         "arithmetic": family.arithmetic.replace("_", "-"),
+        "parity": family.parity,
         "reference": family.reference,
     }
 
@@ -58,6 +60,7 @@ def _describe(family: "Family") -> None:
     from moemerge.cli.tables import print_table
 
     typer.echo(f"{family.title} ({family.model_type}), written from {family.reference}")
+    typer.echo(f"Its logits differ by {family.parity:g} at most, in float32 on tiny models")
     rows = [[name, ", ".join(rule.keys) or "-", *_meaning(rule)] for name, rule in family.settings.items()]
     print_table("Settings", ["setting", "keys of config.json", "if absent", "allowed", "variants"], rows)
     roles = [

@@ -1,6 +1,10 @@
 """From `NAME=REF...` arguments to opened variants."""
 
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +16,9 @@ from moemerge.progress import Progress
 from moemerge.refs import parse_named_sources, parse_source
 
 if TYPE_CHECKING:
+    from moemerge.calibration.folder import Calibration
     from moemerge.consolidation.measured import Statistics
+    from moemerge.consolidation.task import EvidenceOptions
 
 
 def open_sources(
@@ -46,11 +52,31 @@ def open_sources(
     return variants
 
 
-def open_statistics(variants: VariantSet, calibration: str | None, policy: str | None) -> "Statistics | None":
-    """What costs are measured on: a calibration, or nothing that was given.
+@contextmanager
+def open_statistics(
+    variants: VariantSet,
+    evidence: "EvidenceOptions",
+    policy: str | None,
+    *,
+    beside: Path | None,
+    max_ram: int | None,
+    progress: Progress,
+    quiet: bool = False,
+) -> Iterator["Statistics | None"]:
+    """What costs are measured on: a calibration, one that is made now, or nothing that was given.
+
+    Args:
+        variants: Local checkpoints.
+        evidence: What was given.
+        policy: What decides, when that is known.
+        beside: What is to be written; the calibration of an interrupted run is kept beside it. None to keep
+            nothing.
+        max_ram: Bytes of memory to stay within.
+        progress: Told of bytes.
+        quiet: Whether findings are not told.
 
     Raises:
-        InvalidRecipe: A calibration that the policy does not use, or that lacks a variant.
+        InvalidRecipe: Evidence that the policy does not use, or that lacks a variant.
         IncompatibleInputs: It was made with other weights.
         NotFound, UnsupportedCheckpoint, DamagedInput: It cannot be read.
     """
@@ -58,13 +84,56 @@ def open_statistics(variants: VariantSet, calibration: str | None, policy: str |
     from moemerge.consolidation.measured import TextStatistics
     from moemerge.consolidation.planning import MEASURED
 
-    if calibration is None:
-        return None
+    if not evidence.is_given:
+        yield None
+        return
     if policy not in (None, MEASURED):
-        raise InvalidRecipe(f"--calibration goes with --policy {MEASURED}; {policy} looks at weights alone")
-    opened = open_calibration(Path(calibration))
-    opened.check(variants)
-    return TextStatistics(opened, tuple(variants.variants))
+        raise InvalidRecipe(
+            f"--text and --calibration go with --policy {MEASURED}; {policy} looks at weights alone"
+        )
+    names = tuple(variants.variants)
+    if evidence.calibration is not None:
+        opened = open_calibration(evidence.calibration)
+        opened.check(variants)
+        yield TextStatistics(opened, names)
+        return
+    with _calibration_folder(beside) as folder:
+        yield TextStatistics(
+            _calibrate(variants, evidence, folder, max_ram=max_ram, progress=progress, quiet=quiet), names
+        )
+
+
+def _calibrate(
+    variants: VariantSet,
+    evidence: "EvidenceOptions",
+    folder: Path,
+    *,
+    max_ram: int | None,
+    progress: Progress,
+    quiet: bool,
+) -> "Calibration":
+    from moemerge.calibration.folder import calibrate
+    from moemerge.calibration.passes import CalibrationOptions
+    from moemerge.calibration.texts import parse_texts
+
+    options = CalibrationOptions(num_tokens=evidence.tokens, max_ram=max_ram)
+    done = calibrate(variants, parse_texts(evidence.texts), folder, options, progress)
+    if not quiet:
+        print_findings(done.findings)
+    return done.calibration
+
+
+@contextmanager
+def _calibration_folder(beside: Path | None) -> Iterator[Path]:
+    """A folder that disappears; an interrupted run leaves it beside what it was to write."""
+    if beside is None:
+        with tempfile.TemporaryDirectory(prefix="moemerge-") as folder:
+            yield Path(folder) / "calibration"
+        return
+    place = beside.absolute().with_name(f".{beside.name}.calibration")
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+    place.with_name(f"{place.name}.lock").unlink(missing_ok=True)
 
 
 def parse_max_ram(text: str | None) -> int | None:

@@ -15,43 +15,40 @@ from moemerge.cli.command import (
     hint,
     print_json,
 )
+from moemerge.cli.planning_options import (
+    BudgetOption,
+    CalibrationOption,
+    EvidenceTextOption,
+    FitBatchOption,
+    FitOption,
+    FitTokensOption,
+    FloorOption,
+    PolicyOption,
+    QualityOption,
+    TokensOption,
+    WithinOption,
+)
 from moemerge.cli.progress import show_progress
 from moemerge.errors import InvalidRecipe
 
 if TYPE_CHECKING:
     from moemerge.consolidation.plan import ConsolidationPlan
 
-BudgetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        metavar="B",
-        help="exact, a multiple of one variant's expert bytes (1x, 1.5x), or a size (40GiB).",
-    ),
-]
-PolicyOption = Annotated[
-    str | None, typer.Option("--policy", help="cluster (default), medoid, mean, pick or measured.")
-]
-CalibrationOption = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        metavar="DIR",
-        help="Measure costs on what moemerge calibrate kept (policy measured).",
-    ),
-]
-WithinOption = Annotated[
-    bool, typer.Option("--within", help="Let experts of one variant share, too (policy cluster).")
-]
-
 
 def plan(
     sources: Annotated[list[str], typer.Argument(metavar="NAME=REF...", help="Variants to consolidate.")],
     budget: BudgetOption = None,
+    quality: QualityOption = None,
+    floor: FloorOption = None,
+    fit: FitOption = None,
+    fit_batch: FitBatchOption = None,
+    fit_tokens: FitTokensOption = None,
+    text: EvidenceTextOption = None,
+    tokens: TokensOption = None,
+    calibration: CalibrationOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Plan to write.")] = None,
     policy: PolicyOption = None,
     within: WithinOption = False,
-    calibration: CalibrationOption = None,
     base: BaseOption = None,
     max_ram: MaxRamOption = None,
     offline: OfflineOption = False,
@@ -59,21 +56,28 @@ def plan(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Decide which experts share, without writing a bundle.
+    """Decide which experts share and how they are stored, without writing a bundle.
 
-    Without --budget only compatibility is checked, from headers, before any download.
+    Without --budget, --fit, --quality or --floor only compatibility is checked, from headers, before any
+    download. Costs are measured on text; without any, on noise that goes through the variants' own routers.
 
     Example: moemerge plan code=examples/families/mini/code sums=examples/families/mini/sums --budget 1x
     """
     from moemerge.cli.inputs import open_sources, open_statistics, parse_max_ram
     from moemerge.consolidation.plan import check_plan_target, write_plan
-    from moemerge.consolidation.planning import MEASURED, plan_variants
-    from moemerge.consolidation.recipe import options_of
+    from moemerge.consolidation.planning import plan_variants
+    from moemerge.consolidation.task import EvidenceOptions, Limits, options_of
 
-    if budget is None and (out or policy or within or calibration):
-        raise InvalidRecipe("--out, --policy, --within and --calibration need a --budget to plan for")
-    policy = policy or (MEASURED if calibration else None)
-    options = options_of(budget, policy, within=within) if budget is not None else None
+    limits = Limits(
+        budget=budget, fit=fit, fit_batch=fit_batch, fit_tokens=fit_tokens, quality=quality, floor=floor
+    )
+    evidence = EvidenceOptions.of(text, tokens, calibration)
+    if not limits.is_given and (out or policy or within or evidence.is_given):
+        raise InvalidRecipe(
+            "--out, --policy, --within, --text and --calibration need a --budget (or --fit, --quality, "
+            "--floor) to plan for"
+        )
+    options = options_of(limits, policy, within=within) if limits.is_given else None
     if out:
         check_plan_target(out)
     memory = parse_max_ram(max_ram)
@@ -89,8 +93,16 @@ def plan(
         )
         made = None
         if options is not None:
-            statistics = open_statistics(variants, calibration, policy)
-            made = plan_variants(variants, options, progress, statistics=statistics, max_ram=memory)
+            with open_statistics(
+                variants,
+                evidence,
+                options.policy,
+                beside=None,
+                max_ram=memory,
+                progress=progress,
+                quiet=quiet,
+            ) as statistics:
+                made = plan_variants(variants, options, progress, statistics=statistics, max_ram=memory)
     if made is None:
         if as_json:
             print_json("plan", {"compatible": True, "variants": list(variants.variants)}, variants.findings)
@@ -142,7 +154,6 @@ def _print_rungs(plan: "ConsolidationPlan") -> None:
     from collections import Counter
 
     from moemerge.cli.tables import print_table
-    from moemerge.consolidation.measured import NOISE
 
     rungs: dict[str, Counter[str]] = {name: Counter() for name in plan.variants}
     for layer in plan.layers:
@@ -156,6 +167,14 @@ def _print_rungs(plan: "ConsolidationPlan") -> None:
     names = sorted({rung for counts in rungs.values() for rung in counts})
     rows = [[rung, *(counts[rung] for counts in rungs.values())] for rung in names]
     print_table("Slots of each variant by how they are stored", ["stored", *rungs], rows)
-    told = "on noise, without text" if plan.evidence == NOISE else "on calibration text"
     losses = ", ".join(f"{name} {loss:.3g}" for name, loss in plan.predicted_damage.items())
-    typer.echo(f"Predicted damage, summed over layers, {told}: {losses}")
+    typer.echo(f"Predicted loss, {loss_unit(plan.evidence)}: {losses}")
+
+
+def loss_unit(evidence: str) -> str:
+    """What predicted losses are in."""
+    from moemerge.consolidation.measured import NOISE
+
+    if evidence == NOISE:
+        return "as damage summed over layers, on noise, for there is no text"
+    return "in nats per token of its text"

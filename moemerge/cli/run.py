@@ -1,6 +1,5 @@
 """`moemerge run`."""
 
-import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moemerge.cli.answers import AnswerPrinter
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
-from moemerge.cli.completion import complete_variant
 from moemerge.cli.engine import (
     DeviceOption,
     DtypeOption,
@@ -19,7 +18,6 @@ from moemerge.cli.engine import (
     open_with_files,
     use_huge_pages,
 )
-from moemerge.cli.progress import FIRST_SECONDS, PLAIN_SECONDS
 from moemerge.cli.sampling import (
     MinPOption,
     RepetitionOption,
@@ -37,6 +35,8 @@ if TYPE_CHECKING:
     from moemerge.runner.weights import Swap
     from moemerge.text.answers import Answer
 
+_TELL_SECONDS = 5.0
+
 
 def run(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to run.")],
@@ -46,11 +46,7 @@ def run(
     variants: Annotated[
         list[str] | None,
         typer.Option(
-            "--variant",
-            "-v",
-            metavar="NAME",
-            help="Variant that answers; give it several times to compare.",
-            autocompletion=complete_variant,
+            "--variant", "-v", metavar="NAME", help="Variant that answers; give it several times to compare."
         ),
     ] = None,
     source: Annotated[
@@ -146,19 +142,23 @@ def _run_prompt(
     # Before the pool is loaded, so that what cannot be is known at once.
     prompts = [texts.of(v).encode_chat(messages) if chat else texts.of(v).encode(text) for v in variants]
     answers: list[dict[str, Any]] = []
-
-    def write(piece: str) -> None:
-        if not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-
+    printer = AnswerPrinter(quiet=quiet, as_json=as_json)
     with closing(Engine(texts.bundle, options)) as engine:
         for name, prompt_ids in zip(variants, prompts, strict=True):
             if len(variants) > 1:
-                write(f"== {name}\n")
+                printer.write(f"== {name}\n")
             swap = engine.ensure_resident(name)
-            found = answer(engine, texts.of(name), prompt_ids, sampling=sampling, write=write, **settings)
-            write("\n")
+            found = answer(
+                engine,
+                texts.of(name),
+                prompt_ids,
+                sampling=sampling,
+                chat=chat,
+                write=printer.write,
+                think=printer.think,
+                **settings,
+            )
+            printer.write("\n")
             if not quiet and not as_json:
                 _tell(swap, found)
             moved = {"moved_bytes": swap.moved_bytes, "kept_bytes": swap.kept_bytes}
@@ -215,22 +215,15 @@ def _run_file(
 
 
 class _Counter:
-    """Says how far a file is, at the pace of progress in lines."""
+    """Says now and then how far a file is."""
 
     def __init__(self, total: int, *, quiet: bool) -> None:
         self._total = total
         self._quiet = quiet
-        self._begin = time.monotonic()
-        self._next = self._begin + FIRST_SECONDS
-        self._before: int | None = None
+        self._told = time.monotonic()
 
     def tell(self, count: int) -> None:
         """So many lines have results."""
-        now = time.monotonic()
-        # What results were there at the start says nothing about the rate.
-        self._before = count - 1 if self._before is None else self._before
-        if self._quiet or now < self._next:
-            return
-        self._next = now + PLAIN_SECONDS
-        rate = (count - self._before) / (now - self._begin)
-        hint(f"{count} of {self._total} lines, {rate:.1f}/s, {(self._total - count) / rate:.0f} s left")
+        if not self._quiet and time.monotonic() - self._told > _TELL_SECONDS:
+            self._told = time.monotonic()
+            hint(f"{count} of {self._total} lines")

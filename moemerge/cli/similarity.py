@@ -37,7 +37,7 @@ def similarity(
     from moemerge.bundle.target import check_target
     from moemerge.cli.inputs import open_sources, parse_max_ram
     from moemerge.cli.tables import print_table
-    from moemerge.consolidation.similarity_files import write_similarity
+    from moemerge.consolidation.layers import write_similarity
 
     check_target(out)
     memory = parse_max_ram(max_ram)

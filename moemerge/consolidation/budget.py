@@ -12,17 +12,22 @@ from moemerge.errors import InvalidRecipe
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A limit for the pool: a multiple of one variant's expert bytes, bytes, or none (exact).
+    """A limit for the pool: a multiple of one variant's expert bytes, bytes, or none.
 
     Attributes:
         text: As the user wrote it.
         ratio: Multiple of one variant's expert bytes, or None.
-        limit: Bytes, or None. With neither, only equal experts share.
+        limit: Bytes, or None. With neither there is no limit: `EXACT` or `LEAST`.
     """
 
     text: str
     ratio: Fraction | None = None
     limit: int | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether only equal experts share."""
+        return self == EXACT
 
     def allowed_bytes(self, variant_bytes: int) -> int | None:
         """Bytes the pool may take, None for any number.
@@ -35,6 +40,11 @@ class Budget:
         return self.limit
 
 
+EXACT = Budget("exact")
+LEAST = Budget("least")
+"""As few bytes as will keep what is asked for."""
+
+
 def parse_budget(text: str) -> Budget:
     """A budget from `exact`, `1.5x` or `40GiB`.
 
@@ -43,7 +53,7 @@ def parse_budget(text: str) -> Budget:
     """
     stripped = text.strip()
     if stripped.lower() == "exact":
-        return Budget("exact")
+        return EXACT
     if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*[xX]", stripped):
         # Exact: 1.15 x 100 bytes are 115, which floating point makes 114.
         ratio = Fraction(match[1])

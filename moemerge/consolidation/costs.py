@@ -22,7 +22,7 @@ from moemerge.bundle.manifest import CodeSpec
 from moemerge.consolidation.allocation import ClusterCosts, SlotCosts
 from moemerge.consolidation.codes.moments import add_part_moments
 from moemerge.consolidation.codes.rounding import round_nearest
-from moemerge.consolidation.forward import replacement_error
+from moemerge.consolidation.forward import replacement_error, run_expert
 from moemerge.consolidation.ladder import (
     NONE,
     PLAIN,
@@ -71,11 +71,21 @@ class Slot:
         """Some of the variants' experts, to be merged."""
         return Cluster([self.members[number] for number in numbers], self.base, self.seed)
 
-    def damage(self, number: int, parts: Parts, num_inputs: int | None = None) -> float:
-        """Damage of a variant when these parts stand for its expert, on all inputs or on the first ones."""
+    def damage(
+        self, number: int, parts: Parts, num_inputs: int | None = None, instead_of: Parts | None = None
+    ) -> float:
+        """Damage of a variant when these parts stand for its expert, on all inputs or on the first ones.
+
+        Args:
+            number: Of the variant.
+            parts: What stands there.
+            num_inputs: How many inputs; None for all.
+            instead_of: What is to be stood for, if it is not the expert itself.
+        """
         judge, some = self.judges[number], slice(num_inputs)
         inputs_SD, gates_S = judge.inputs_SD[some], judge.gates_S[some]
-        error = replacement_error(parts, judge.activation, inputs_SD, gates_S, judge.own.output_SD[some])
+        own = judge.own if instead_of is None else run_expert(instead_of, judge.activation, inputs_SD)
+        error = replacement_error(parts, judge.activation, inputs_SD, gates_S, own.output_SD[some])
         return self.factors[number] * error
 
 
@@ -100,7 +110,7 @@ class Factors:
         own: By pool code: damage of an expert alone in it over damage of plain rounding to four bits.
         pool: The same for a shared pool expert: what the code adds to sharing.
         of_sharing: By residual code, what it leaves of the damage of sharing.
-        of_rounding: What it leaves of the damage that the pool expert's code adds.
+        of_rounding: What it leaves of the damage that a code does.
     """
 
     own: Mapping[str, float]
@@ -134,7 +144,7 @@ def probe(slot: Slot, number: int) -> float:
 def measure_factors(slots: Sequence[Slot], ladder: Ladder, operator: str = "mean") -> Factors:
     """What codes do, measured on some slots of a layer.
 
-    Each time on one expert: in turn for own ones, the one that sharing harms most for shared ones.
+    Each time on one expert: in turn for own ones, for shared ones the one in the middle by what sharing does.
     """
     seen = _Seen()
     for turn, slot in enumerate(slots):
@@ -234,30 +244,34 @@ class _Seen:
 
 def _measure_own(slot: Slot, number: int, ladder: Ladder, seen: _Seen) -> None:
     member, probed = slot.members[number], max(probe(slot, number), _TINY)
+    coarsest, most = None, 0.0
     for name, code in _measured(ladder.pool, _MEASURED_POOL_BITS).items():
         coded = _dense(encode(member.matrices, code, member.moments))
-        seen.own.setdefault(name, []).append(slot.damage(number, coded) / probed)
+        damage = slot.damage(number, coded)
+        seen.own.setdefault(name, []).append(damage / probed)
+        if damage > most:
+            coarsest, most = coded, damage
+    if coarsest is not None:
+        _append(seen.of_rounding, residual_shares(slot, number, coarsest, ladder.residuals))
 
 
 def _measure_shared(slot: Slot, ladder: Ladder, operator: str, seen: _Seen) -> None:
     centre = OPERATORS[operator].make(slot.cluster(tuple(range(len(slot.members)))))
     moments = add_part_moments([member.moments for member in slot.members])
-    # Operators that take a member harm that one not at all.
-    sharing, number = max((slot.damage(n, centre), n) for n in range(len(slot.members)))
+    # Operators that take a member harm that one not at all, and whom sharing harms most is not typical.
+    by_harm = sorted(range(len(slot.members)), key=lambda n: slot.damage(n, centre))
+    number = by_harm[len(by_harm) // 2]
     probed = max(probe(slot, number), _TINY)
-    coarsest, rounding = centre, 0.0
     for name, code in _measured(ladder.pool, _MEASURED_POOL_BITS).items():
         coded = _dense(encode(centre, code, moments))
-        added = max(0.0, slot.damage(number, coded) - sharing)
-        seen.pool.setdefault(name, []).append(added / probed)
-        if added >= rounding:
-            coarsest, rounding = coded, added
-    of_sharing = residual_shares(slot, number, centre, ladder.residuals)
-    of_both = residual_shares(slot, number, coarsest, ladder.residuals)
-    for name, left in of_sharing.items():
-        seen.of_sharing.setdefault(name, []).append(left)
-        of_rounding = (of_both[name] * (sharing + rounding) - left * sharing) / max(rounding, _TINY)
-        seen.of_rounding.setdefault(name, []).append(min(1.0, max(0.0, of_rounding)))
+        # Where sharing does far more than rounding, the difference of two damages is chance.
+        seen.pool.setdefault(name, []).append(slot.damage(number, coded, instead_of=centre) / probed)
+    _append(seen.of_sharing, residual_shares(slot, number, centre, ladder.residuals))
+
+
+def _append(seen: dict[str, list[float]], found: Mapping[str, float]) -> None:
+    for name, value in found.items():
+        seen.setdefault(name, []).append(value)
 
 
 def _measured(codes: Mapping[str, CodeSpec | None], bits: Sequence[int]) -> dict[str, CodeSpec]:

@@ -39,6 +39,11 @@ _FULLY_MEASURED = 1
 _LEAST_TOKENS = 16
 """A slot with fewer tokens is judged by those of the most used slot."""
 
+# The interpreter with torch and everything else that does not grow with the work.
+_FIXED_BYTES = 400 * 2**20
+# Of an expert, and of the moment of its inputs, while they are coded.
+_COPIES = 6
+
 logger = logging.getLogger(__name__)
 
 Ref = tuple[str, int]
@@ -137,7 +142,7 @@ class Evidence:
         for name, seen in statistics.items():
             if slots := unreached(seen):
                 logger.warning(
-                    "variant %s, layer %d: text hardly reaches slot %s; the most used one stands in",
+                    "variant %s, layer %d: text hardly reaches slots %s; the most used one stands in",
                     name,
                     similarity.layer,
                     ", ".join(map(str, slots)),
@@ -239,6 +244,21 @@ class Evidence:
     def stored(self, layer_index: int, ref: Ref) -> Mapping[str, StoredTensor]:
         """Places of an expert's parts."""
         return self.variants.variants[ref[0]].experts[layer_index, ref[1]]
+
+
+def layer_memory(variants: VariantSet) -> int:
+    """Bytes of memory of a process that measures the costs of a layer or codes it, about.
+
+    A slot of all variants in float32 with what operators and codes make of it, moments of the inputs of both
+    kinds of matrices, and a layer's codes until they are written.
+    """
+    first = variants.first
+    parts = next(iter(first.experts.values())).values()
+    entries = sum(part.num_elements for part in parts)
+    width = max(int(first.settings["hidden_size"] or 0), int(first.settings["expert_size"] or 0))
+    slots = (len(variants.checkpoints) + _COPIES) * 4 * entries
+    codes = len(variants.variants) * first.num_experts * entries
+    return _FIXED_BYTES + slots + _COPIES * 4 * width * width + codes
 
 
 def inputs_of(layer: LayerStatistics, slot: int) -> SlotStatistics:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from moemerge.bundle.reader import Bundle
+from moemerge.calibration.lanes import divergence, head_of, log_probabilities
 from moemerge.calibration.passes import (
     LOGIT_ENTRIES,
     NO_LABEL,
@@ -29,13 +30,7 @@ from moemerge.calibration.streaming import Source, StreamedWeights
 from moemerge.calibration.texts import Passage
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.tensors import TensorReader
-from moemerge.consolidation.prefix import (
-    ChangedSource,
-    divergence,
-    head_of,
-    log_probabilities,
-    open_lanes,
-)
+from moemerge.consolidation.prefix import ChangedSource, open_lanes
 from moemerge.consolidation.repair import is_repaired
 from moemerge.models import Decoder, EncoderDecoder, PlainPoolLayer, Route, build_model
 from moemerge.progress import Progress, Silent

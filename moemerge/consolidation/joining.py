@@ -24,7 +24,7 @@ from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.side_files import find_licence
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
-from moemerge.consolidation.budget import Budget, parse_budget
+from moemerge.consolidation.budget import EXACT, Budget, parse_budget
 from moemerge.consolidation.evidence import Evidence
 from moemerge.consolidation.finishing import write_side_files
 from moemerge.consolidation.joined_layer import JoinedLayer, write_joined_layer
@@ -66,8 +66,8 @@ def parse_addition(text: str) -> Budget:
 
 def default_addition(manifest: Manifest) -> Budget:
     """As much as a variant has in the bundle on average, and everything where everything is kept."""
-    if manifest.provenance.budget == "exact":
-        return Budget("exact")
+    if manifest.provenance.budget == EXACT.text:
+        return EXACT
     share = (manifest.pool_bytes + manifest.residual_bytes) // len(manifest.variants)
     return Budget(f"{share / manifest.variant_bytes:.4g}x", limit=share)
 

@@ -166,30 +166,39 @@ def measurement_bytes(variants: VariantSet) -> int:
     return sum(model.expert_bytes for model in [*variants.variants.values(), *base])
 
 
+def measurement_memory(variants: VariantSet, max_ram: int | None = None) -> int:
+    """Bytes of memory that measuring a layer takes where there is enough, or `max_ram` if that is less."""
+    most = _memory_of(variants, _MAX_COLUMNS)
+    return most if max_ram is None else min(most, max_ram)
+
+
 def limit_memory(variants: VariantSet, max_ram: int | None) -> int:
     """Columns that may be read at once so that measuring stays within `max_ram` bytes.
 
     Raises:
         NotEnoughRoom: Not even the smallest chunks fit, or less memory is free than is needed.
     """
-    models = [*variants.variants.values(), *([variants.base] if variants.base else [])]
-    rows = sum(model.num_experts for model in models)
-
-    def needed(columns: int) -> int:
-        return _FIXED_BYTES + _SHARES * rows * (4 * columns + 4 * BLOCK_COLUMNS + 24 * rows)
-
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     limit = min(max_ram or available, available)
     columns = _MAX_COLUMNS
-    while columns > BLOCK_COLUMNS and needed(columns) > limit:
+    while columns > BLOCK_COLUMNS and _memory_of(variants, columns) > limit:
         columns //= 2
-    if needed(columns) > limit:
+    if _memory_of(variants, columns) > limit:
         limited_by = "--max-ram allows" if max_ram and max_ram <= available else "available are"
         raise NotEnoughRoom(
-            f"comparing {rows} experts needs {format_size(needed(columns))} of memory; "
-            f"{limited_by} {format_size(limit)}"
+            f"comparing {_num_rows(variants)} experts needs {format_size(_memory_of(variants, columns))} of "
+            f"memory; {limited_by} {format_size(limit)}"
         )
     return columns
+
+
+def _memory_of(variants: VariantSet, columns: int) -> int:
+    rows = _num_rows(variants)
+    return _FIXED_BYTES + _SHARES * rows * (4 * columns + 4 * BLOCK_COLUMNS + 24 * rows)
+
+
+def _num_rows(variants: VariantSet) -> int:
+    return sum(model.num_experts for model in variants.checkpoints)
 
 
 def find_identical(experts: Sequence[Parts], reader: TensorReader) -> NDArray[np.int64]:

@@ -2,19 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from moemerge.bundle.manifest import CodeSpec
 from moemerge.calibration.folder import Calibration
+from moemerge.calibration.passages import Passages
 from moemerge.calibration.random_inputs import random_statistics
 from moemerge.calibration.statistics import LayerStatistics
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.evidence import LayerRecord
+from moemerge.consolidation.gate import Gate
 from moemerge.consolidation.ladder import Ladder, Shapes, ladder_of, residual_size
 from moemerge.consolidation.plan import PlannedExpert, PlannedLayer
-from moemerge.consolidation.spending import Prices, Spending, Stored, predicted_loss, spend, trade_off
+from moemerge.consolidation.spending import (
+    Prices,
+    Spending,
+    Stored,
+    least_bytes,
+    predicted_nats,
+    spend,
+    trade_off,
+)
 
 CURVE = "curve.json"
 CURVE_SCHEMA = "moemerge/curve@1"
@@ -33,8 +43,17 @@ class Statistics(Protocol):
     def gained(self) -> dict[str, float]:
         """By variant, nats per token that fine-tuning gained on its text; empty when that is not known."""
 
+    def sensitivity(self, variant: str) -> Mapping[int, float]:
+        """By layer index, nats that a variant loses per unit of damage; empty when that is not known."""
+
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """Statistics of one layer of one variant."""
+
+    def at_layer(self, layer_index: int) -> "Statistics":
+        """The same for one layer: what is sent with work on it."""
+
+    def passages(self, variant: str) -> Passages | None:
+        """The variant's text, with what is held out to measure on; None without text."""
 
 
 @dataclass(slots=True)
@@ -53,6 +72,13 @@ class NoiseStatistics:
         """Not known."""
         return {}
 
+    def sensitivity(self, variant: str) -> Mapping[int, float]:
+        """Not known."""
+        return {}
+
+    def passages(self, variant: str) -> None:
+        """None."""
+
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """See `Statistics`."""
         if layer_index != self._layer:
@@ -61,6 +87,10 @@ class NoiseStatistics:
             checkpoint = self.variants.variants[variant]
             self._found[variant] = random_statistics(checkpoint, layer_index, seed=self.seed)
         return self._found[variant]
+
+    def at_layer(self, layer_index: int) -> "NoiseStatistics":
+        """See `Statistics`."""
+        return NoiseStatistics(self.variants.at_layer(layer_index), self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +114,21 @@ class TextStatistics:
         gained = {name: entries[name].base_nll_excess or 0.0 for name in self.variants}
         return gained if all(value > 0 for value in gained.values()) else {}
 
+    def sensitivity(self, variant: str) -> Mapping[int, float]:
+        """See `Statistics`."""
+        return self.calibration.index.variants[variant].sensitivity
+
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """See `Statistics`."""
         return self.calibration.layer(variant, layer_index)
+
+    def at_layer(self, layer_index: int) -> "TextStatistics":
+        """See `Statistics`."""
+        return self
+
+    def passages(self, variant: str) -> Passages:
+        """See `Statistics`."""
+        return self.calibration.passages(variant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +139,8 @@ class MeasuredPlan:
         layers: Pools and residuals.
         pool_bytes: Bytes of all pool experts.
         residual_bytes: Bytes of all residuals.
-        predicted: By variant, damage summed over layers, over what fine-tuning gained when that is known. It
-            compares variants and plans; a loss in nats is to be measured.
+        predicted: By variant, what it loses, in nats per token; where sensitivity is not known the sum of
+            damage over layers, which compares variants and plans.
     """
 
     layers: list[PlannedLayer]
@@ -115,18 +157,24 @@ def ladder_for(variants: VariantSet) -> tuple[Ladder, Shapes]:
 
 
 def decide(
-    variants: VariantSet, records: Sequence[LayerRecord], allowed_bytes: int, statistics: Statistics
+    variants: VariantSet,
+    records: Sequence[LayerRecord],
+    allowed_bytes: int | None,
+    prices: Prices,
+    gate: Gate | None = None,
 ) -> MeasuredPlan:
-    """Spend the budget.
+    """Spend the budget, or without one as little as keeps what is asked for.
 
     Damage of a variant counts the more the less its fine-tuning gained, where that is known, so that every
     variant keeps the same share of it.
     """
-    prices = prices_of(variants, statistics)
-    spending = spend(records, list(variants.variants), allowed_bytes, prices)
+    names = list(variants.variants)
+    if allowed_bytes is None:
+        allowed_bytes = least_bytes(records, names, prices, gate or Gate())
+    spending = spend(records, names, allowed_bytes, prices, gate)
     num_slots = variants.first.num_experts
     layers = [
-        _planned_layer(record.index, stored, list(variants.variants), num_slots)
+        _planned_layer(record.index, stored, names, num_slots)
         for record, stored in zip(records, spending.layers, strict=True)
     ]
     residual_bytes = _residual_bytes(spending, prices.shapes)
@@ -134,7 +182,7 @@ def decide(
         layers,
         spending.num_bytes - residual_bytes,
         residual_bytes,
-        {name: predicted_loss(spending, name, prices) for name in variants.variants},
+        {name: predicted_nats(spending, name, prices) for name in names},
     )
 
 
@@ -149,15 +197,27 @@ def dump_curve(variants: VariantSet, records: Sequence[LayerRecord], statistics:
     return json.dumps(curve, indent=1) + "\n"
 
 
-def prices_of(variants: VariantSet, statistics: Statistics) -> Prices:
-    """What experts of these variants take, and what the loss of each variant counts."""
+def prices_of(
+    variants: VariantSet, statistics: Statistics, correction: Mapping[str, float] | None = None
+) -> Prices:
+    """What experts of these variants take, and what the loss of each variant counts.
+
+    Args:
+        variants: Local checkpoints.
+        statistics: What is known of them.
+        correction: By variant, what its sensitivity is multiplied with; 1 for those not there.
+    """
     ladder, shapes = ladder_for(variants)
     experts = [parts for variant in variants.variants.values() for parts in variant.experts.values()]
+    sensitivity = {name: statistics.sensitivity(name) for name in variants.variants}
+    is_known = all(any(found.values()) for found in sensitivity.values())
     return Prices(
         ladder=ladder,
         shapes=shapes,
         plain_bytes=max(sum(tensor.nbytes for tensor in parts.values()) for parts in experts),
         importance={name: 1 / gained for name, gained in statistics.gained.items()},
+        sensitivity=sensitivity if is_known else {},
+        correction=correction or {},
     )
 
 

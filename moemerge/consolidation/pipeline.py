@@ -13,15 +13,17 @@ from moemerge import __version__
 from moemerge.bundle.layout import shared_file, variant_file
 from moemerge.bundle.manifest import SCHEMA, Manifest
 from moemerge.bundle.target import check_target, staging_folder
-from moemerge.bundle.writer import copy_tensors, group_equal, write_bytes
+from moemerge.bundle.writer import copy_tensors, group_equal
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.disk import check_disk
 from moemerge.checkpoint.fingerprint import fingerprint
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
-from moemerge.consolidation.evidence import Evidence, LayerRecord
+from moemerge.consolidation.evidence import LayerRecord
 from moemerge.consolidation.finishing import Outcome, finish
+from moemerge.consolidation.gate import Gate, check_gate
+from moemerge.consolidation.layers import measure_costs, measure_layers
 from moemerge.consolidation.measure import limit_memory
 from moemerge.consolidation.measured import CURVE, NoiseStatistics, Statistics, dump_curve
 from moemerge.consolidation.plan import PLAN, ConsolidationPlan, dump_plan
@@ -30,21 +32,15 @@ from moemerge.consolidation.planning import (
     build_measured_plan,
     build_plan,
     check_plan,
-    measure_costs,
-    measure_layers,
 )
-from moemerge.consolidation.quality import REPAIR_BY_DEFAULT, RepairOptions
-from moemerge.consolidation.rounds import Gate, MakePlan, Rounds, check_gate
-from moemerge.consolidation.similarity_files import (
-    INDEX,
-    dump_index,
-    load_layer_similarity,
-    similarity_index,
-    write_layer_similarity,
-)
+from moemerge.consolidation.quality import RepairOptions
+from moemerge.consolidation.rounds import MakePlan, Rounds
+from moemerge.consolidation.similarity_files import INDEX, dump_index, similarity_index
 from moemerge.consolidation.staging import Staging, open_staging
+from moemerge.execution import Executor, Local
 from moemerge.progress import Progress, Silent
-from moemerge.similarity.matrices import LayerSimilarity
+
+_REPORTS = "reports"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +70,7 @@ def merge(
     repair: RepairOptions | None = None,
     restart: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Merged:
     """Consolidate local checkpoints into a bundle.
 
@@ -86,11 +83,12 @@ def merge(
         decide: Options to make a plan from, or a plan to carry out.
         statistics: Calibration of the variants; without it, noise stands for their inputs where costs are
             measured and codes are chosen.
-        max_ram: Bytes of memory to stay within.
+        max_ram: Bytes of memory to stay within, for each unit of work.
         repair: What may be done to variants' own tensors; repair in closed form by default, where there is
             text.
         restart: Discard the work of an interrupted run.
         progress: Told of bytes.
+        executor: Does the work on layers; this process by default.
 
     Raises:
         InvalidRecipe: The target exists, the budget cannot be met, the plan is of other variants, or a share
@@ -103,9 +101,13 @@ def merge(
     """
     report = progress or Silent()
     check_target(target)
-    gate, found = _gate_of(decide), statistics or NoiseStatistics(variants)
-    check_gate(gate, found)
-    asked = repair or RepairOptions(repair=REPAIR_BY_DEFAULT)
+    found = statistics or NoiseStatistics(variants)
+    gate = Gate()
+    if isinstance(decide, PlanOptions):
+        decide = decide.for_variants(variants)
+        gate = decide.gate
+    check_gate(gate, found.gained)
+    asked = repair or RepairOptions()
     if isinstance(decide, PlanOptions):
         limit_memory(variants, max_ram)
     if not (isinstance(decide, PlanOptions) and decide.within) and not any(staging_folder(target).glob("*")):
@@ -117,28 +119,44 @@ def merge(
         if isinstance(decide, ConsolidationPlan):
             check_plan(decide, variants, reader)
         reports: dict[str, str] = {}
-        evidence = Evidence(variants=variants, statistics=found, reader=reader)
         task = _task_of(variants, decide, asked, found, reader)
         with open_staging(target, task, restart=restart) as staging:
             make_plan: MakePlan
             if isinstance(decide, ConsolidationPlan):
                 make_plan = partial(_always, decide)
             else:
-                layers, reports = _measure(variants, staging, report, max_ram)
+                layers = measure_layers(
+                    variants,
+                    report,
+                    steps=staging,
+                    subfolder=_REPORTS,
+                    max_ram=max_ram,
+                    executor=executor,
+                )
+                reports[f"{_REPORTS}/{INDEX}"] = dump_index(similarity_index(layers, variants))
                 if decide.is_measured:
-                    records = _measure_costs(layers, evidence, staging, report)
-                    reports[f"reports/{CURVE}"] = dump_curve(variants, records, found)
+                    records = measure_costs(
+                        layers,
+                        variants,
+                        found,
+                        report,
+                        steps=staging,
+                        subfolder=_REPORTS,
+                        executor=executor,
+                    )
+                    reports[f"{_REPORTS}/{CURVE}"] = dump_curve(variants, records, found)
                     make_plan = partial(_measured, variants, records, decide, found, reader)
                 else:
                     make_plan = partial(_always, build_plan(variants, layers, decide, reader))
             rounds = Rounds(
-                evidence=evidence,
+                variants=variants,
                 statistics=found,
                 staging=staging,
                 target=target,
                 asked=asked,
                 max_ram=max_ram,
                 report=report,
+                executor=executor or Local(),
             )
             done = rounds.run(make_plan, gate)
             outcomes = {
@@ -147,7 +165,7 @@ def merge(
             }
             repaired = {name: quality.tensors for name, quality in done.qualities.items()}
             tensors = _write_non_experts(variants, repaired, staging, reader, report)
-            reports[f"reports/{PLAN}"] = dump_plan(done.plan)
+            reports[f"{_REPORTS}/{PLAN}"] = dump_plan(done.plan)
             manifest = finish(variants, done.plan, done.errors, staging, tensors, reports, outcomes, target)
     return Merged(folder=target, plan=done.plan, manifest=manifest, resumed_layers=done.resumed_layers)
 
@@ -183,11 +201,7 @@ def _measured(
     reader: TensorReader,
     correction: Mapping[str, float],
 ) -> ConsolidationPlan:
-    return build_measured_plan(variants, records, decide, statistics, reader)
-
-
-def _gate_of(decide: PlanOptions | ConsolidationPlan) -> Gate:
-    return Gate()
+    return build_measured_plan(variants, records, decide, statistics, reader, correction=correction)
 
 
 def _predicted(plan: ConsolidationPlan, variant: str) -> dict[str, float]:
@@ -200,50 +214,6 @@ def _file_stamps(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
     experts = [part for parts in checkpoint.experts.values() for part in parts.values()]
     paths = {tensor.path for tensor in [*checkpoint.tensors.values(), *experts]}
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
-
-
-def _measure(
-    variants: VariantSet, staging: Staging, report: Progress, max_ram: int | None
-) -> tuple[list[LayerSimilarity], dict[str, str]]:
-    """Similarity of all layers, each kept in the bundle's reports as soon as it is measured."""
-    names = tuple(variants.variants)
-    known = {}
-    for layer in variants.first.routed_layers:
-        if staging.finished(_similarity_step(layer.index)) is not None:
-            known[layer.index] = load_layer_similarity(staging.folder / "reports", layer.index, names)
-
-    def keep(layer: LayerSimilarity) -> None:
-        files = write_layer_similarity(staging.folder, "reports", layer)
-        staging.finish(_similarity_step(layer.layer), files)
-
-    layers = measure_layers(variants, report, known=known, keep=keep, max_ram=max_ram)
-    return layers, {f"reports/{INDEX}": dump_index(similarity_index(layers, variants))}
-
-
-def _measure_costs(
-    layers: list[LayerSimilarity], evidence: Evidence, staging: Staging, report: Progress
-) -> list[LayerRecord]:
-    """Costs of all layers, each kept in the bundle's reports as soon as it is measured."""
-
-    def place(layer_index: int) -> str:
-        return f"reports/costs-layer-{layer_index:05d}.json"
-
-    def keep(record: LayerRecord) -> None:
-        text = record.model_dump_json(indent=1) + "\n"
-        staging.finish(
-            f"costs {record.index}", write_bytes(staging.folder, place(record.index), text.encode())
-        )
-
-    known = {
-        layer.layer: LayerRecord.model_validate_json((staging.folder / place(layer.layer)).read_bytes())
-        for layer in layers
-        if staging.finished(f"costs {layer.layer}") is not None
-    }
-    return measure_costs(layers, evidence, report, known=known, keep=keep)
-
-
-def _similarity_step(layer_index: int) -> str:
-    return f"similarity {layer_index}"
 
 
 def _step(staging: Staging, name: str, write: Callable[[], dict[str, str]]) -> bool:

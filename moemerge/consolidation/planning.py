@@ -1,11 +1,8 @@
-"""Make a plan: measure every layer, let a policy decide, check the budget.
+"""Make a plan: have every layer measured, let a policy decide, check the budget."""
 
-Owns the loop over layers; measured layers are given to a keeper as they come, so that a killed run
-measures each layer once.
-"""
-
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +12,19 @@ from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.fingerprint import fingerprint
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
-from moemerge.consolidation.budget import Budget, refuse_budget
-from moemerge.consolidation.evidence import Evidence, LayerRecord
+from moemerge.consolidation.budget import LEAST, Budget, refuse_budget
+from moemerge.consolidation.evidence import LayerRecord
+from moemerge.consolidation.fitting import Device, budget_of
+from moemerge.consolidation.gate import Gate, check_gate
 from moemerge.consolidation.ladder import code_size, residual_size
-from moemerge.consolidation.measure import Measurer, measurement_bytes
-from moemerge.consolidation.measured import NoiseStatistics, Statistics, decide, ladder_for
+from moemerge.consolidation.layers import measure_costs, measure_layers, passing_steps
+from moemerge.consolidation.measured import (
+    NoiseStatistics,
+    Statistics,
+    decide,
+    ladder_for,
+    prices_of,
+)
 from moemerge.consolidation.plan import ConsolidationPlan, PlannedExpert, PlannedLayer, PlannedVariant
 from moemerge.consolidation.policies import (
     DEFAULT_POLICY,
@@ -29,7 +34,8 @@ from moemerge.consolidation.policies import (
     relative_errors,
 )
 from moemerge.errors import IncompatibleInputs, InvalidRecipe
-from moemerge.progress import Progress, Silent
+from moemerge.execution import Executor
+from moemerge.progress import Progress
 from moemerge.similarity.matrices import LayerSimilarity
 
 MEASURED = "measured"
@@ -45,11 +51,15 @@ class PlanOptions:
         budget: Limit for the pool.
         policy: Name of an entry of `POLICIES`, or `measured`.
         within: Whether experts of one variant may share.
+        gate: What is to be kept of what fine-tuning gained.
+        device: What the budget is to leave room on, in place of one.
     """
 
-    budget: Budget
-    policy: str = DEFAULT_POLICY
+    budget: Budget = LEAST
+    policy: str = MEASURED
     within: bool = False
+    gate: Gate = field(default_factory=Gate)
+    device: Device | None = None
 
     def __post_init__(self) -> None:
         known = [*POLICIES, MEASURED]
@@ -59,41 +69,29 @@ class PlanOptions:
             raise InvalidRecipe(
                 f"--within goes with --policy {DEFAULT_POLICY}; {self.policy} shares within a slot"
             )
+        if self.device is not None and self.budget != LEAST:
+            raise InvalidRecipe("give --budget or --fit, not both")
+        if self.budget == LEAST and self.device is None and self.gate.is_open:
+            raise InvalidRecipe("give a limit (--budget, --fit) or what is to be kept (--quality, --floor)")
+        if not self.gate.is_open and self.budget.is_exact:
+            raise InvalidRecipe("--budget exact keeps everything; leave out --quality and --floor")
+        if not self.gate.is_open and self.policy != MEASURED:
+            raise InvalidRecipe(f"--quality and --floor go with --policy {MEASURED}, not {self.policy}")
 
     @property
     def is_measured(self) -> bool:
         """Whether costs are to be measured: not for a budget that keeps everything."""
-        return self.policy == MEASURED and self.budget.text != "exact"
+        return self.policy == MEASURED and not self.budget.is_exact
 
+    def for_variants(self, variants: VariantSet) -> "PlanOptions":
+        """The same with a budget in bytes where a device decides it.
 
-def measure_layers(
-    variants: VariantSet,
-    progress: Progress | None = None,
-    *,
-    known: dict[int, LayerSimilarity] | None = None,
-    keep: Callable[[LayerSimilarity], object] | None = None,
-    max_ram: int | None = None,
-) -> list[LayerSimilarity]:
-    """Similarity of every routed layer.
-
-    Args:
-        variants: Local checkpoints.
-        progress: Told of bytes.
-        known: Layers that were measured before.
-        keep: Called with each layer that is measured now.
-        max_ram: Bytes of memory to stay within.
-    """
-    report = progress or Silent()
-    indices = [layer.index for layer in variants.first.routed_layers]
-    missing = [index for index in indices if index not in (known or {})]
-    report.start("similarity", measurement_bytes(variants) * len(missing) // max(1, len(indices)))
-    layers = dict(known or {})
-    with Measurer(variants, max_ram, report) as measurer:
-        for index in missing:
-            layers[index] = measurer.measure(index)
-            if keep:
-                keep(layers[index])
-    return [layers[index] for index in indices]
+        Raises:
+            InvalidRecipe: The device leaves nothing for experts.
+        """
+        if self.device is None:
+            return self
+        return replace(self, budget=budget_of(self.device, variants), device=None)
 
 
 def build_plan(
@@ -130,56 +128,36 @@ def build_plan(
     return _plan_of(variants, options, reader, variant_bytes=variant_bytes, pool_bytes=total, layers=planned)
 
 
-def measure_costs(
-    layers: list[LayerSimilarity],
-    evidence: Evidence,
-    progress: Progress | None = None,
-    *,
-    known: dict[int, LayerRecord] | None = None,
-    keep: Callable[[LayerRecord], object] | None = None,
-) -> list[LayerRecord]:
-    """What sharing and codes cost in every layer.
-
-    Args:
-        layers: Similarity of every routed layer.
-        evidence: What it is measured on.
-        progress: Told of bytes.
-        known: Layers that were measured before.
-        keep: Called with each layer that is measured now.
-    """
-    report = progress or Silent()
-    ladder, _ = ladder_for(evidence.variants)
-    records = dict(known or {})
-    missing = [layer for layer in layers if layer.layer not in records]
-    total = sum(variant.expert_bytes for variant in evidence.variants.variants.values())
-    report.start("costs", total * len(missing) // max(1, len(layers)))
-    for layer in missing:
-        records[layer.layer] = evidence.measure(layer, ladder, report.advance)
-        if keep:
-            keep(records[layer.layer])
-    return [records[layer.layer] for layer in layers]
-
-
 def build_measured_plan(
     variants: VariantSet,
     records: list[LayerRecord],
     options: PlanOptions,
     statistics: Statistics,
     reader: TensorReader,
+    *,
+    correction: Mapping[str, float] | None = None,
 ) -> ConsolidationPlan:
     """Decide every layer by what was measured of it.
+
+    Args:
+        variants: Local checkpoints.
+        records: What was measured, of every routed layer.
+        options: Budget, and what is to be kept.
+        statistics: What it was measured on.
+        reader: Open reader, for fingerprints.
+        correction: By variant, what predicted losses are multiplied with; 1 for those not there.
 
     Raises:
         InvalidRecipe: The budget is below the least possible.
     """
     variant_bytes = _variant_bytes(variants)
     allowed = options.budget.allowed_bytes(variant_bytes)
-    assert allowed is not None
-    decided = decide(variants, records, allowed, statistics)
+    prices = prices_of(variants, statistics, correction or {})
+    decided = decide(variants, records, allowed, prices, options.gate)
     # Costs count every plain expert as the widest; those of narrower variants take less.
     pool_bytes = _stored_bytes(decided.layers, variants)
     total = pool_bytes + decided.residual_bytes
-    if total > allowed:
+    if allowed is not None and total > allowed:
         raise refuse_budget(options.budget, allowed, total, variant_bytes, can_share_more=False)
     return _plan_of(
         variants,
@@ -240,6 +218,8 @@ def plan_variants(
     *,
     statistics: Statistics | None = None,
     max_ram: int | None = None,
+    executor: Executor | None = None,
+    beside: Path | None = None,
 ) -> ConsolidationPlan:
     """Measure local checkpoints and decide.
 
@@ -249,17 +229,19 @@ def plan_variants(
         progress: Told of bytes.
         statistics: Calibration, for the policy that measures costs; noise by default.
         max_ram: Bytes of memory to stay within.
+        executor: Does the work; this process by default.
+        beside: Where files may lie on the way, as in `passing_steps`.
 
     Raises:
         InvalidRecipe, NotEnoughRoom, DamagedInput: As `build_plan` and `Measurer`.
     """
-    with TensorReader() as reader:
-        layers = measure_layers(variants, progress, max_ram=max_ram)
+    options, found = options.for_variants(variants), statistics or NoiseStatistics(variants)
+    check_gate(options.gate, found.gained)
+    with TensorReader() as reader, passing_steps(beside) as steps:
+        layers = measure_layers(variants, progress, steps=steps, max_ram=max_ram, executor=executor)
         if not options.is_measured:
             return build_plan(variants, layers, options, reader)
-        found = statistics or NoiseStatistics(variants)
-        evidence = Evidence(variants=variants, statistics=found, reader=reader)
-        records = measure_costs(layers, evidence, progress)
+        records = measure_costs(layers, variants, found, progress, steps=steps, executor=executor)
         return build_measured_plan(variants, records, options, found, reader)
 
 

@@ -9,16 +9,22 @@ import torch
 
 from moemerge.bundle.writer import write_pool, write_residuals
 from moemerge.checkpoint.headers import DTYPE_BYTES, StoredTensor
-from moemerge.checkpoint.tensors import bytes_of, torch_dtype
+from moemerge.checkpoint.tensors import TensorReader, bytes_of, torch_dtype
+from moemerge.checkpoint.variants import VariantSet
 from moemerge.checkpoint.writer import TensorToWrite, stored_tensor
 from moemerge.consolidation.encoding import encode_expert, to_write
-from moemerge.consolidation.evidence import Evidence, Ref
+from moemerge.consolidation.evidence import Evidence, Ref, layer_memory
+from moemerge.consolidation.measured import Statistics
 from moemerge.consolidation.operators import OPERATORS, Cluster, Member
 from moemerge.consolidation.plan import PlannedExpert, PlannedLayer
 from moemerge.errors import DamagedInput
+from moemerge.execution import Work
 from moemerge.models.packed import PackedMatrix, Residual
+from moemerge.progress import Progress
 
 Errors = dict[str, list[float]]
+# The interpreter with torch, and the buffer of a copy.
+_COPYING_BYTES = 400 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,29 @@ class WrittenLayer:
 
     files: dict[str, str]
     errors: Errors
+
+
+def layer_work(
+    folder: Path, variants: VariantSet, statistics: Statistics, layer: PlannedLayer
+) -> Work[WrittenLayer]:
+    """`write_layer` as a unit of work."""
+    own = variants.at_layer(layer.index)
+    is_merged = any(expert.operator != "copy" for expert in layer.pool)
+    return Work(
+        title=f"pool of layer {layer.index}",
+        run=partial(_write, folder.absolute(), own, statistics.at_layer(layer.index), layer),
+        reads=own.files,
+        folder=folder.absolute(),
+        memory_bytes=layer_memory(own) if is_merged or layer.has_codes else _COPYING_BYTES,
+    )
+
+
+def _write(
+    folder: Path, variants: VariantSet, statistics: Statistics, layer: PlannedLayer, progress: Progress
+) -> WrittenLayer:
+    with TensorReader() as reader:
+        evidence = Evidence(variants=variants, statistics=statistics, reader=reader)
+        return write_layer(folder, evidence, layer, progress.advance)
 
 
 def write_layer(

@@ -11,19 +11,19 @@ from pathlib import Path
 from torch import Tensor
 
 from moemerge.bundle.reader import Bundle
+from moemerge.calibration.lanes import Loss
 from moemerge.calibration.passes import CalibrationOptions
 from moemerge.calibration.texts import Passage
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.headers import StoredTensor, read_header
 from moemerge.checkpoint.writer import memory_tensor, write_tensors
 from moemerge.consolidation.healing import heal_variant
-from moemerge.consolidation.prefix import Loss, measure_bundle
+from moemerge.consolidation.prefix import measure_bundle
 from moemerge.consolidation.repair import repair_variant
 from moemerge.consolidation.staging import WORK, Staging
 from moemerge.errors import InvalidRecipe
 from moemerge.progress import Progress
 
-REPAIR_BY_DEFAULT = True
 _DIGITS = 6
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class RepairOptions:
         heal: Steps of distillation of the same tensors, after that.
     """
 
-    repair: bool = False
+    repair: bool = True
     heal: int = 0
 
     def __post_init__(self) -> None:

@@ -1,11 +1,11 @@
-"""A merge as a YAML file, or as options: which variants, and how to decide.
+"""A merge as a YAML file, or as options.
 
 Unknown keys are refused with the nearest known one; all problems of a file are told together.
 """
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from ruamel.yaml.error import YAMLError
 
 from moemerge.checkpoint.sizes import parse_size
 from moemerge.consolidation.budget import parse_budget
-from moemerge.consolidation.plan import ConsolidationPlan, read_plan
+from moemerge.consolidation.gate import Gate
+from moemerge.consolidation.plan import read_plan
 from moemerge.consolidation.planning import PlanOptions
-from moemerge.consolidation.policies import DEFAULT_POLICY
+from moemerge.consolidation.quality import RepairOptions
+from moemerge.consolidation.task import EvidenceOptions, Limits, MergeTask, options_of
 from moemerge.errors import Finding, InvalidRecipe, MoemergeError, NotFound, list_findings
-from moemerge.refs import check_variant_name, parse_repository, parse_source, split_adapted
+from moemerge.refs import check_variant_name, parse_repository, parse_source
 
 SCHEMA = "moemerge/recipe@1"
 KINDS: dict[str, type] = {
@@ -26,76 +28,83 @@ KINDS: dict[str, type] = {
     "variants": dict,
     "base": str,
     "budget": str,
+    "fit": str,
+    "fit_batch": int,
+    "fit_tokens": int,
+    "quality": float,
+    "floor": float,
+    "text": dict,
+    "tokens": int,
+    "calibration": str,
     "policy": str,
     "within": bool,
+    "repair": bool,
+    "heal": int,
     "max_ram": str,
 }
 """What the value of each key is."""
-_KIND_NAMES = {str: "text", dict: "names and references", bool: "true or false"}
-REQUIRED = ("schema", "variants", "budget")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeTask:
-    """What to merge and how to decide.
-
-    Attributes:
-        sources: `NAME=REF` of every variant.
-        base: Reference of the common ancestor.
-        decision: Options for a plan, or a plan.
-        max_ram: Memory to stay within, as written.
-    """
-
-    sources: list[str]
-    base: str | None
-    decision: PlanOptions | ConsolidationPlan
-    max_ram: str | None = None
-
-
-def options_of(budget: str, policy: str | None = None, *, within: bool = False) -> PlanOptions:
-    """Plan options from what a user wrote.
-
-    Raises:
-        InvalidRecipe: A value that cannot be right.
-    """
-    return PlanOptions(budget=parse_budget(budget), policy=policy or DEFAULT_POLICY, within=within)
+_KIND_NAMES = {
+    str: "text",
+    dict: "names and references or files",
+    bool: "true or false",
+    int: "a number",
+    float: "a share such as 0.99",
+}
+REQUIRED = ("schema", "variants")
+DECIDES = ("budget", "fit", "quality", "floor")
+"""One of these at least says how much is stored."""
+_ANY_BUDGET = "1x"
 
 
 def choose_task(
     sources: list[str],
     base: str | None,
     *,
-    budget: str | None,
+    limits: Limits,
     policy: str | None,
     within: bool,
+    evidence: EvidenceOptions,
+    repair: RepairOptions | None,
     plan: Path | None,
     recipe: Path | None,
 ) -> MergeTask:
     """The task that command-line options name.
 
     Raises:
-        InvalidRecipe: Not exactly one of budget, plan and recipe, or options that do not go together.
+        InvalidRecipe: Not exactly one of limits, plan and recipe, or options that do not go together.
         NotFound: The plan or recipe file does not exist.
     """
     given = [
         name
-        for name, value in (("--budget", budget), ("--plan", plan), ("--recipe", recipe))
-        if value is not None
+        for name, is_given in (
+            ("--budget (or --fit, --quality, --floor)", limits.is_given),
+            ("--plan", plan is not None),
+            ("--recipe", recipe is not None),
+        )
+        if is_given
     ]
     if len(given) != 1:
         raise InvalidRecipe(
-            f"give exactly one of --budget, --plan and --recipe; given: {', '.join(given) or 'none'}"
+            f"give exactly one of --budget (or --fit, --quality, --floor), --plan and --recipe; given: "
+            f"{', '.join(given) or 'none'}"
         )
-    if given != ["--budget"] and (policy or within):
+    if not limits.is_given and (policy or within):
         raise InvalidRecipe(f"--policy and --within go with --budget; {given[0]} has its own")
     if recipe is not None:
-        if sources or base:
-            raise InvalidRecipe("variants and base are in the recipe; leave them out of the command")
+        if sources or base or evidence.is_given or repair is not None:
+            raise InvalidRecipe(
+                "variants, base, text, calibration and repair are in the recipe; leave them out of the "
+                "command"
+            )
         return read_recipe(recipe)
-    if plan is not None:
-        return MergeTask(sources=sources, base=base, decision=read_plan(plan))
-    assert budget is not None
-    return MergeTask(sources=sources, base=base, decision=options_of(budget, policy, within=within))
+    decision = read_plan(plan) if plan is not None else options_of(limits, policy, within=within)
+    return MergeTask(
+        sources=sources,
+        base=base,
+        decision=decision,
+        evidence=evidence,
+        repair=repair or RepairOptions(),
+    )
 
 
 def read_recipe(path: Path) -> MergeTask:
@@ -112,7 +121,9 @@ def read_recipe(path: Path) -> MergeTask:
     return MergeTask(
         sources=[f"{name}={_from_folder(ref, path)}" for name, ref in raw["variants"].items()],
         base=_from_folder(raw["base"], path) if raw.get("base") else None,
-        decision=options_of(raw["budget"], raw.get("policy"), within=raw.get("within", False)),
+        decision=_options(raw),
+        evidence=_evidence(raw, path),
+        repair=_repair(raw),
         max_ram=raw.get("max_ram"),
     )
 
@@ -144,11 +155,50 @@ def _check_keys(raw: Any, path: Path) -> list[Finding]:
             close = difflib.get_close_matches(str(key), KINDS, n=1, cutoff=0.5)
             fix = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(KINDS)}"
             findings.append(_error(_where(path, raw, key), f"unknown key {key!r}", fix=fix))
-        elif not isinstance(value, KINDS[key]):
+        elif not _is_kind(value, KINDS[key]):
             expected = _KIND_NAMES[KINDS[key]]
             findings.append(_error(_where(path, raw, key), f"{key} is {value!r}", expected=expected))
     findings += [_error(str(path), f"no {key!r}", fix="Add it") for key in REQUIRED if key not in raw]
+    if not any(key in raw for key in DECIDES):
+        fix = f"Add it, or one of {', '.join(DECIDES[1:])}"
+        findings.append(_error(str(path), f"no {DECIDES[0]!r}", fix=fix))
     return findings
+
+
+def _is_kind(value: object, kind: type) -> bool:
+    """Whether a value is of a kind; numbers may be whole, true and false are none."""
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _options(raw: Any) -> PlanOptions:
+    limits = Limits(
+        budget=raw.get("budget"),
+        fit=raw.get("fit"),
+        fit_batch=raw.get("fit_batch"),
+        fit_tokens=raw.get("fit_tokens"),
+        quality=raw.get("quality"),
+        floor=raw.get("floor"),
+    )
+    return options_of(limits, raw.get("policy"), within=raw.get("within", False))
+
+
+def _evidence(raw: Any, path: Path) -> EvidenceOptions:
+    """Files count from the recipe's folder, as references do."""
+    folder = path.parent.absolute()
+    texts = [f"{name}={folder / Path(file).expanduser()}" for name, file in raw.get("text", {}).items()]
+    calibration = raw.get("calibration")
+    return EvidenceOptions(
+        texts=tuple(texts),
+        tokens=raw.get("tokens", EvidenceOptions().tokens),
+        calibration=None if calibration is None else folder / Path(calibration).expanduser(),
+    )
+
+
+def _repair(raw: Any) -> RepairOptions:
+    defaults = RepairOptions()
+    return RepairOptions(repair=raw.get("repair", defaults.repair), heal=raw.get("heal", defaults.heal))
 
 
 def _check_variants(raw: Any, path: Path) -> list[Finding]:
@@ -163,7 +213,7 @@ def _check_variants(raw: Any, path: Path) -> list[Finding]:
         findings += _problem(where, check_variant_name, str(name), taken)
         taken.add(str(name))
         if isinstance(reference, str):
-            findings += _problem(where, _parse_from, reference, path)
+            findings += _problem(where, parse_source, _from_folder(reference, path))
         else:
             findings.append(_error(where, f"{name} is {reference!r}", expected="a reference"))
     return findings
@@ -172,17 +222,35 @@ def _check_variants(raw: Any, path: Path) -> list[Finding]:
 def _check_values(raw: Any, path: Path) -> list[Finding]:
     checks: dict[str, Callable[[Any], object]] = {
         "schema": _check_schema,
-        "base": lambda reference: _parse_from(reference, path),
+        "base": lambda reference: parse_source(_from_folder(reference, path)),
         "budget": parse_budget,
         "max_ram": parse_size,
-        "policy": lambda policy: options_of("exact", policy, within=raw.get("within") is True),
+        "fit": parse_size,
+        "quality": lambda share: Gate(mean=share),
+        "floor": lambda share: Gate(floor=share),
+        "text": _check_texts,
+        "heal": lambda steps: RepairOptions(heal=steps),
+        "policy": lambda policy: options_of(_ANY_BUDGET, policy, within=raw.get("within") is True),
     }
-    return [
+    findings = [
         finding
         for key, check in checks.items()
-        if isinstance(raw.get(key), KINDS[key])
+        if _is_kind(raw.get(key), KINDS[key])
         for finding in _problem(_where(path, raw, key), check, raw[key])
     ]
+    # What does not go together; only when every value by itself is right.
+    return findings or [
+        finding
+        for check in (_options, partial(_evidence, path=path))
+        if all(_is_kind(value, KINDS[key]) for key, value in raw.items() if key in KINDS)
+        for finding in _problem(str(path), check, raw)
+        if any(key in raw for key in DECIDES)
+    ]
+
+
+def _check_texts(texts: Any) -> None:
+    if wrong := [name for name, file in texts.items() if not isinstance(file, str)]:
+        raise InvalidRecipe(f"text of {wrong[0]} is {texts[wrong[0]]!r}, expected the path of a file")
 
 
 def _check_schema(schema: str) -> None:
@@ -204,14 +272,8 @@ def _where(path: Path, mapping: Any, key: object) -> str:
     return f"{path}, line {position[0] + 1}" if position else str(path)
 
 
-def _parse_from(reference: str, path: Path) -> None:
-    parse_source(_from_folder(reference, path))
-
-
 def _from_folder(reference: str, path: Path) -> str:
     """The reference, a relative folder counted from the recipe's folder wherever the program runs."""
-    if halves := split_adapted(reference, path.parent):
-        return "+".join(_from_folder(half, path) for half in halves)
     if not reference.strip() or reference.startswith(("/", "~", "hf://")):
         return reference
     try:

@@ -14,16 +14,14 @@ import torch
 from torch import Tensor
 
 from moemerge.bundle.reader import Bundle
-from moemerge.calibration.passes import (
-    CalibrationOptions,
-    hidden_states,
-    pass_tokens,
-)
+from moemerge.calibration.lanes import LaneExperts, LaneWeights
+from moemerge.calibration.passages import spread
+from moemerge.calibration.passes import CalibrationOptions, hidden_states, pass_tokens
 from moemerge.calibration.streaming import Source, StreamedWeights
 from moemerge.calibration.texts import Passage
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.tensors import TensorReader
-from moemerge.consolidation.prefix import ChangedSource, LaneExperts, LaneWeights, open_lanes
+from moemerge.consolidation.prefix import ChangedSource, open_lanes
 from moemerge.consolidation.refitting import refit_matrix, refit_norm, routing_divergence
 from moemerge.models import Decoder, build_model
 from moemerge.models.norm import unit_mean_square
@@ -40,15 +38,6 @@ _OUTPUT = re.compile(r"(?P<block>.*\.)(?P<kind>attention|cross_attention|ffn)\.(
 def is_repaired(role: str) -> bool:
     """Whether repair may change a tensor: a router, a norm, or what writes into the residual stream."""
     return role.endswith((".router", "_norm")) or _OUTPUT.fullmatch(role) is not None
-
-
-def spread_passages(passages: Sequence[Passage], num_tokens: int) -> list[Passage]:
-    """Passages of at most so many tokens, spread evenly; at least one."""
-    total = sum(passage.num_tokens for passage in passages)
-    if total <= num_tokens:
-        return list(passages)
-    count = max(1, len(passages) * num_tokens // total)
-    return [passages[number * len(passages) // count] for number in range(count)]
 
 
 @torch.no_grad()
@@ -78,9 +67,9 @@ def repair_variant(
         DamagedInput: A weight is not finite, or a file changed.
     """
     options = options or CalibrationOptions()
-    chosen = spread_passages(passages, REPAIR_TOKENS)
+    chosen = spread(passages, REPAIR_TOKENS)
     fitting = pass_tokens(checkpoint, chosen, options, copies=2)
-    chosen = spread_passages(chosen, fitting)
+    chosen = spread(chosen, fitting)
     report = progress or Silent()
     report.start(f"repairing {variant}", checkpoint.expert_bytes + checkpoint.other_bytes)
     model = build_model(checkpoint.family.arithmetic, checkpoint.settings)

@@ -5,26 +5,26 @@ the same rounds without repeating their work.
 """
 
 import logging
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moemerge.bundle.writer import write_bytes
 from moemerge.calibration.passes import CalibrationOptions
 from moemerge.checkpoint.disk import check_disk
 from moemerge.checkpoint.variants import VariantSet
-from moemerge.consolidation.evidence import Evidence
 from moemerge.consolidation.finishing import draft_bundle
+from moemerge.consolidation.gate import Gate
 from moemerge.consolidation.measured import Statistics
 from moemerge.consolidation.plan import ConsolidationPlan, PlannedLayer, dump_plan, read_plan
-from moemerge.consolidation.pools import Errors, write_layer
+from moemerge.consolidation.pools import Errors, layer_work
 from moemerge.consolidation.quality import Quality, RepairOptions, measure_quality, recall_quality
 from moemerge.consolidation.staging import WORK, Staging
-from moemerge.errors import InvalidRecipe, QualityGateFailed
+from moemerge.errors import QualityGateFailed
+from moemerge.execution import Executor
 from moemerge.progress import Progress
 
 MORE_ROUNDS = 2
@@ -40,51 +40,6 @@ class MakePlan(Protocol):
     def __call__(self, *, correction: Mapping[str, float]) -> ConsolidationPlan:
         """Told by variant what predictions are to be multiplied with; nothing in the first round."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gate:
-    """What the user wants to be kept of what fine-tuning gained, 1 being all.
-
-    Attributes:
-        floor: By every variant.
-        mean: On average.
-    """
-
-    floor: float | None = None
-    mean: float | None = None
-
-    def missed(self, qualities: Mapping[str, Quality]) -> list[str]:
-        """What is not kept, in words."""
-        kept = {name: quality.damage.get("gain_recovered") for name, quality in qualities.items()}
-        known = {name: share for name, share in kept.items() if share is not None}
-        found = [
-            f"variant {name} keeps {share:.4f} of what it gained, its floor is {self.floor:g}"
-            for name, share in known.items()
-            if self.floor is not None and share < self.floor
-        ]
-        mean = statistics.fmean(known.values()) if known else 1.0
-        if self.mean is not None and mean < self.mean:
-            found.append(f"variants keep {mean:.4f} of what they gained on average, asked for {self.mean:g}")
-        return found
-
-    @property
-    def is_open(self) -> bool:
-        """Whether nothing is asked for."""
-        return self.floor is None and self.mean is None
-
-
-def check_gate(gate: Gate, statistics: Statistics) -> None:
-    """Make sure that what a gate asks for can be measured.
-
-    Raises:
-        InvalidRecipe: There is no text, or it is not known what fine-tuning gained.
-    """
-    if not gate.is_open and not statistics.gained:
-        raise InvalidRecipe(
-            "a share of what fine-tuning gained needs the base, and text that every variant predicts better "
-            "than the base does. Give --base, and --text or --calibration made with it"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,27 +64,25 @@ class Rounds:
     """Carries plans out.
 
     Attributes:
-        evidence: Variants and their statistics.
-        statistics: The same, with passages to measure on.
+        variants: Local checkpoints.
+        statistics: Of them, with passages to measure on.
         staging: Where files are written.
         target: What they will become.
         asked: What may be done to variants' own tensors.
         max_ram: Bytes of memory to stay within.
         report: Told of bytes.
+        executor: Does the work.
     """
 
-    evidence: Evidence
+    variants: VariantSet
     statistics: Statistics
     staging: Staging
     target: Path
     asked: RepairOptions
     max_ram: int | None
     report: Progress
+    executor: Executor
     _resumed: int = 0
-
-    @property
-    def _variants(self) -> VariantSet:
-        return self.evidence.variants
 
     def run(self, make_plan: MakePlan, gate: Gate) -> Carried:
         """Plan, write and measure until the gate lets the result through.
@@ -146,10 +99,10 @@ class Rounds:
             if before is not None and plan.layers == before.layers:
                 break
             qualities = self._recall(number)
-            if not qualities or not gate.missed(qualities):
+            if not qualities or not gate.missed(_kept(qualities)):
                 errors = self._write_pools(plan)
                 qualities = self._measure(number, plan, errors)
-            missed = gate.missed(qualities)
+            missed = gate.missed(_kept(qualities))
             if not missed:
                 return Carried(plan=plan, errors=errors, qualities=qualities, resumed_layers=self._resumed)
             logger.info("round %d: %s", number + 1, "; ".join(missed))
@@ -169,37 +122,39 @@ class Rounds:
 
     def _write_pools(self, plan: ConsolidationPlan) -> dict[int, Errors]:
         """Write the layers that are not there as planned; errors by layer index."""
-        missing = _bytes_to_write(self._variants, plan) - self.staging.finished_bytes()
+        missing = _bytes_to_write(self.variants, plan) - self.staging.finished_bytes()
         check_disk(self.target.parent, missing, f"writing {self.target}")
         self.report.start("pool", plan.stored_bytes)
         errors: dict[int, Errors] = {}
-        self._resumed = 0
+        layers = []
         for layer in plan.layers:
-            step, digest = f"pool {layer.index}", _digest(layer)
-            done = self.staging.finished(step)
-            if done is None or done["layer"] != digest:
-                written = write_layer(self.staging.folder, self.evidence, layer, self.report.advance)
-                self.staging.finish(step, written.files, {"errors": written.errors, "layer": digest})
-                errors[layer.index] = written.errors
+            done = self.staging.finished(_pool_step(layer))
+            if done is None or done["layer"] != _digest(layer):
+                layers.append(layer)
             else:
-                self._resumed += 1
                 errors[layer.index] = done["errors"]
                 self.report.advance(plan.stored_bytes // len(plan.layers))
-        return errors
+        self._resumed = len(errors)
+        works = [layer_work(self.staging.folder, self.variants, self.statistics, layer) for layer in layers]
+        for number, written in self.executor.map(works, self.report):
+            result = {"errors": written.errors, "layer": _digest(layers[number])}
+            self.staging.finish(_pool_step(layers[number]), written.files, result)
+            errors[layers[number].index] = written.errors
+        return {layer.index: errors[layer.index] for layer in plan.layers}
 
     def _recall(self, number: int) -> dict[str, Quality]:
         """What an interrupted run found in a round that it finished; empty otherwise."""
-        found = {name: recall_quality(self.staging, number, name) for name in self._variants.variants}
+        found = {name: recall_quality(self.staging, number, name) for name in self.variants.variants}
         known = {name: quality for name, quality in found.items() if quality is not None}
         return known if len(known) == len(found) else {}
 
     def _measure(self, number: int, plan: ConsolidationPlan, errors: dict[int, Errors]) -> dict[str, Quality]:
-        bundle = draft_bundle(self._variants, plan, errors, self.staging.folder)
+        bundle = draft_bundle(self.variants, plan, errors, self.staging.folder)
         gained = self.statistics.gained
         qualities = {}
-        for name, checkpoint in self._variants.variants.items():
-            passages = _passages_of(self.statistics, name)
-            if passages is None:
+        for name, checkpoint in self.variants.variants.items():
+            passages = self.statistics.passages(name)
+            if passages is None or not passages.held_out:
                 qualities[name] = Quality()
                 continue
             qualities[name] = recall_quality(self.staging, number, name) or measure_quality(
@@ -231,13 +186,22 @@ def corrected(
     return found
 
 
+def _kept(qualities: Mapping[str, Quality]) -> dict[str, float]:
+    """By variant, the share that it keeps of what fine-tuning gained, where that was measured."""
+    return {
+        name: quality.damage["gain_recovered"]
+        for name, quality in qualities.items()
+        if "gain_recovered" in quality.damage
+    }
+
+
 def _bytes_to_write(variants: VariantSet, plan: ConsolidationPlan) -> int:
     return plan.stored_bytes + sum(variant.other_bytes for variant in variants.variants.values())
 
 
+def _pool_step(layer: PlannedLayer) -> str:
+    return f"pool {layer.index}"
+
+
 def _digest(layer: PlannedLayer) -> str:
     return sha256(layer.model_dump_json().encode()).hexdigest()
-
-
-def _passages_of(statistics: Statistics, variant: str) -> Any:
-    return getattr(statistics, "passages", lambda name: None)(variant)

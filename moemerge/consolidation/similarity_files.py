@@ -1,41 +1,20 @@
 """Similarity on disk: one safetensors file of matrices a layer, and a JSON index."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from moemerge.bundle.target import building
 from moemerge.checkpoint.tensors import map_tensors
 from moemerge.checkpoint.variants import VariantSet
-from moemerge.checkpoint.writer import memory_tensor, write_tensors, write_text
-from moemerge.consolidation.planning import measure_layers
-from moemerge.progress import Progress
+from moemerge.checkpoint.writer import memory_tensor, write_tensors
 from moemerge.similarity.distances import DISTANCES
 from moemerge.similarity.matrices import LayerSimilarity
 
 SCHEMA = "moemerge/similarity@1"
 INDEX = "similarity.json"
-
-
-def write_similarity(
-    variants: VariantSet, folder: Path, progress: Progress | None = None, *, max_ram: int | None = None
-) -> dict[str, Any]:
-    """Measure local checkpoints and write matrices and index; returns the index.
-
-    Raises:
-        InvalidRecipe: The folder exists.
-        NotEnoughRoom, DamagedInput: As `Measurer`, or the folder cannot be written.
-    """
-    with building(folder) as place:
-        keep = partial(write_layer_similarity, place, "")
-        layers = measure_layers(variants, progress, keep=keep, max_ram=max_ram)
-        index = similarity_index(layers, variants)
-        write_text(place / INDEX, dump_index(index))
-    return index
 
 
 def dump_index(index: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ Pure: records and numbers in, decisions out.
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moemerge.bundle.manifest import CodeSpec
 from moemerge.consolidation.allocation import (
@@ -20,10 +20,13 @@ from moemerge.consolidation.allocation import (
 )
 from moemerge.consolidation.costs import Members, Shared, slot_costs
 from moemerge.consolidation.evidence import LayerRecord, Ref, SlotRecord
+from moemerge.consolidation.gate import Gate
 from moemerge.consolidation.ladder import NONE, PLAIN, Ladder, Shapes
 from moemerge.similarity.saliency import find_super_experts
 
 _BALANCING_ROUNDS = 12
+_SEARCHED = 0.002
+"""How near the fewest bytes come to what is needed, over all bytes."""
 _BALANCED = 1.25
 """The worst variant may be hurt so much more than the mean before its damage counts more."""
 
@@ -69,41 +72,70 @@ class Prices:
         shapes: Of an expert's parts.
         plain_bytes: Of an expert as it is.
         importance: By variant: what its loss counts; 1 for those not there.
+        sensitivity: By variant and layer index, what is lost for each unit of damage; 1 for those not there.
+        correction: By variant, what that is multiplied with; 1 for those not there.
     """
 
     ladder: Ladder
     shapes: Shapes
     plain_bytes: int
     importance: Mapping[str, float]
+    sensitivity: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    correction: Mapping[str, float] = field(default_factory=dict)
 
-    def weight(self, variant: str) -> float:
-        """What a unit of its damage counts."""
-        return self.importance.get(variant, 1.0)
+    def loss(self, variant: str, layer_index: int) -> float:
+        """What is lost for each unit of damage."""
+        corrected = self.correction.get(variant, 1.0)
+        return corrected * self.sensitivity.get(variant, {}).get(layer_index, 1.0)
+
+    def weight(self, variant: str, layer_index: int) -> float:
+        """What a unit of damage counts."""
+        return self.importance.get(variant, 1.0) * self.loss(variant, layer_index)
 
 
 def spend(
-    records: Sequence[LayerRecord], variants: Sequence[str], allowed_bytes: int | None, prices: Prices
+    records: Sequence[LayerRecord],
+    variants: Sequence[str],
+    allowed_bytes: int | None,
+    prices: Prices,
+    gate: Gate | None = None,
 ) -> Spending:
     """Choose for every slot, first for the least sum of losses, then with more weight on the worst variant.
 
-    Variants whose loss is far above the mean count more in the next round; the best worst case wins.
+    Variants whose loss is far above the mean count more in the next round, until what is asked for is kept;
+    the best worst case wins.
     """
+    gate = gate or Gate()
     emphasis = dict.fromkeys(variants, 1.0)
-    best: tuple[float, Spending] | None = None
+    best: tuple[tuple[float, float], Spending] | None = None
     for _ in range(_BALANCING_ROUNDS):
         spending = _spend_once(records, variants, allowed_bytes, prices, emphasis)
         losses = {name: predicted_loss(spending, name, prices) for name in variants}
         mean = statistics.fmean(losses.values())
         # A sum that is only a little worse is worth a better worst case.
-        score = mean + max(losses.values())
-        if best is None or score < best[0]:
-            best = (score, spending)
-        if mean == 0 or max(losses.values()) <= _BALANCED * mean:
+        excess, score = gate.excess(losses), mean + max(losses.values())
+        if best is None or (excess, score) < best[0]:
+            best = ((excess, score), spending)
+        if mean == 0 or (max(losses.values()) <= _BALANCED * mean and not excess):
             break
         for name, loss in losses.items():
             emphasis[name] *= math.sqrt(max(loss, 0.1 * mean) / mean)
     assert best is not None
     return best[1]
+
+
+def least_bytes(records: Sequence[LayerRecord], variants: Sequence[str], prices: Prices, gate: Gate) -> int:
+    """The fewest bytes that are predicted to keep what is asked for, to within a step of the search."""
+    low = spend(records, variants, 0, prices).num_bytes
+    high = spend(records, variants, None, prices).num_bytes
+    while high - low > _SEARCHED * high:
+        middle = (low + high) // 2
+        found = spend(records, variants, middle, prices, gate)
+        if gate.excess({name: predicted_loss(found, name, prices) for name in variants}) > 0:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def trade_off(
@@ -114,18 +146,18 @@ def trade_off(
     The way that `allocate` goes, without emphasis on the worst variant, at about so many points.
     """
     hulls = _hulls(records, variants, prices, dict.fromkeys(variants, 1.0))
-    owners = [slot.owners for _, slot in _places(records)]
+    places = _places(records)
     total = sum(hull[0].num_bytes for hull in hulls)
     most = sum(hull[-1].num_bytes for hull in hulls)
     loss = dict.fromkeys(variants, 0.0)
     for number, hull in enumerate(hulls):
-        _add_loss(loss, owners[number], hull[0], prices, 1)
+        _add_loss(loss, places[number], hull[0], prices, 1)
     spacing = max(1, (most - total) // num_points)
     points = [(total, dict(loss))]
     for _, number, place in steepest_steps(hulls):
         before, after = hulls[number][place - 1], hulls[number][place]
-        _add_loss(loss, owners[number], before, prices, -1)
-        _add_loss(loss, owners[number], after, prices, 1)
+        _add_loss(loss, places[number], before, prices, -1)
+        _add_loss(loss, places[number], after, prices, 1)
         total += after.num_bytes - before.num_bytes
         if total == most or total - points[-1][0] >= spacing:
             points.append((total, {name: max(0.0, value) for name, value in loss.items()}))
@@ -133,16 +165,22 @@ def trade_off(
 
 
 def _add_loss(
-    loss: dict[str, float], owners: Sequence[Sequence[Ref]], point: Point, prices: Prices, sign: int
+    loss: dict[str, float], place: tuple[LayerRecord, SlotRecord], point: Point, prices: Prices, sign: int
 ) -> None:
-    for refs, value in zip(owners, point.by_member, strict=True):
+    record, slot = place
+    for refs, value in zip(slot.owners, point.by_member, strict=True):
         for name, _ in refs:
-            loss[name] += sign * prices.weight(name) * value
+            loss[name] += sign * prices.weight(name, record.index) * value
 
 
 def predicted_loss(spending: Spending, variant: str, prices: Prices) -> float:
     """Damage of all layers by what it counts."""
-    return prices.weight(variant) * sum(spending.damage[variant].values())
+    return sum(prices.weight(variant, index) * value for index, value in spending.damage[variant].items())
+
+
+def predicted_nats(spending: Spending, variant: str, prices: Prices) -> float:
+    """What the variant loses, whatever that counts."""
+    return sum(prices.loss(variant, index) * value for index, value in spending.damage[variant].items())
 
 
 def super_experts(records: Sequence[LayerRecord], variants: Sequence[str]) -> set[tuple[int, Ref]]:
@@ -184,7 +222,10 @@ def _hulls(
     exact = super_experts(records, variants)
     hulls = []
     for record, slot in _places(records):
-        weights = [sum(prices.weight(name) * emphasis[name] for name, _ in refs) for refs in slot.owners]
+        weights = [
+            sum(prices.weight(name, record.index) * emphasis[name] for name, _ in refs)
+            for refs in slot.owners
+        ]
         ladder = prices.ladder
         partitions = slot.partitions
         if any((record.index, ref) in exact for refs in slot.owners for ref in refs):

@@ -87,6 +87,10 @@ class SummedStatistics:
         """Not known."""
         return {}
 
+    def at_layer(self, layer_index: int) -> "SummedStatistics":
+        """See `Statistics`."""
+        return SummedStatistics(self.of.at_layer(layer_index), self.variants)
+
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """See `Statistics`."""
         layers = [self.of.layer(name, layer_index) for name in self.variants]

@@ -23,9 +23,9 @@ from moemerge.checkpoint.fingerprint import fingerprint
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.budget import Budget
+from moemerge.consolidation.layers import measure_layers
 from moemerge.consolidation.measured import Statistics
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.planning import measure_layers
 from moemerge.errors import IncompatibleInputs, InvalidRecipe
 from moemerge.evaluation.loading import load_model
 from moemerge.evaluation.methods import METHODS, Materials, Prepared

@@ -16,8 +16,8 @@ from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet, open_variants
 from moemerge.checkpoint.writer import write_text
 from moemerge.consolidation.budget import parse_budget
+from moemerge.consolidation.layers import measure_layers
 from moemerge.consolidation.measured import TextStatistics
-from moemerge.consolidation.planning import measure_layers
 from moemerge.errors import NotFound, UnsupportedCheckpoint
 from moemerge.evaluation.comparison import Samples, build_bundle, score_bundle
 from moemerge.evaluation.evaluating import owner_of

@@ -1,26 +1,32 @@
 """Geometry of the two kinds of model, as plain checked settings.
 
-Settings arrive as a mapping with at least the fields of the class; where a checkpoint's config keeps
-them is the family description's business. Knows nothing of tensors and files.
+Settings arrive as a mapping with at least the fields of the class that have no default; where a
+checkpoint's config keeps them is the family description's business. Knows nothing of tensors and files.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Self, TypeVar
+from dataclasses import MISSING, dataclass, fields
+from enum import StrEnum
+from types import NoneType
+from typing import Any, Self, get_args
 
 from moemerge.errors import UnsupportedCheckpoint
 from moemerge.models.experts import Activation
-from moemerge.models.routing import TOKEN_ROUTINGS, Routing
+from moemerge.models.rotary import Rotary
+from moemerge.models.routing import Routing
 
-Choice = TypeVar("Choice", Activation, Routing)
+_TOKEN_IDS = ("start_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """A decoder-only model.
+    """A decoder-only model; what has a default here, few families speak of.
 
-    `max_positions` is what the model was made for; callers limit requests with it, the forward pass
-    does not. `sliding_window` counts the positions a token sees, itself included.
+    Attributes:
+        max_positions: What the model was made for; callers limit requests with it, the forward pass does not.
+        sliding_window: Positions that a token sees, itself included; None for all before it.
+        has_qkv_bias: Whether queries, keys and values have biases.
+        has_output_bias: Whether the attention's output has one.
     """
 
     hidden_size: int
@@ -31,17 +37,21 @@ class DecoderConfig:
     num_experts_per_token: int
     vocab_size: int
     norm_eps: float
-    rope_theta: float
+    rotary: Rotary
     max_positions: int
-    sliding_window: int | None
     activation: Activation
     routing: Routing
     tied_head: bool
+    sliding_window: int | None = None
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
 
     def __post_init__(self) -> None:
         _require(self.num_heads % self.num_kv_heads == 0, "num_heads is no multiple of num_kv_heads")
         _require(self.head_size % 2 == 0, "head_size is odd, rotary embedding needs pairs")
-        _require(self.routing in TOKEN_ROUTINGS, f"routing {self.routing} is not for a decoder-only model")
+        _require(
+            self.routing != Routing.SWITCH_TOP1, f"routing {self.routing} is not for a decoder-only model"
+        )
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> Self:
@@ -51,24 +61,7 @@ class DecoderConfig:
             UnsupportedCheckpoint: A field is missing, of the wrong type or of a value that no model
                 here implements.
         """
-        _require_fields(settings, {field.name for field in fields(cls)})
-        window = settings["sliding_window"]
-        return cls(
-            hidden_size=_size(settings, "hidden_size"),
-            num_layers=_size(settings, "num_layers"),
-            num_heads=_size(settings, "num_heads"),
-            num_kv_heads=_size(settings, "num_kv_heads"),
-            head_size=_size(settings, "head_size"),
-            num_experts_per_token=_size(settings, "num_experts_per_token"),
-            vocab_size=_size(settings, "vocab_size"),
-            norm_eps=_number(settings, "norm_eps"),
-            rope_theta=_number(settings, "rope_theta"),
-            max_positions=_size(settings, "max_positions"),
-            sliding_window=None if window is None else _size(settings, "sliding_window"),
-            activation=_choice(settings, "activation", Activation),
-            routing=_choice(settings, "routing", Routing),
-            tied_head=_flag(settings, "tied_head"),
-        )
+        return cls(**_read(cls, settings))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,23 +94,7 @@ class EncoderDecoderConfig:
         Raises:
             UnsupportedCheckpoint: As for `DecoderConfig.from_settings`.
         """
-        _require_fields(settings, {field.name for field in fields(cls)})
-        return cls(
-            hidden_size=_size(settings, "hidden_size"),
-            head_size=_size(settings, "head_size"),
-            num_heads=_size(settings, "num_heads"),
-            num_encoder_layers=_size(settings, "num_encoder_layers"),
-            num_decoder_layers=_size(settings, "num_decoder_layers"),
-            expert_capacity=_size(settings, "expert_capacity"),
-            vocab_size=_size(settings, "vocab_size"),
-            norm_eps=_number(settings, "norm_eps"),
-            position_buckets=_size(settings, "position_buckets"),
-            position_max_distance=_size(settings, "position_max_distance"),
-            activation=_choice(settings, "activation", Activation),
-            tied_head=_flag(settings, "tied_head"),
-            start_token_id=_integer(settings, "start_token_id"),
-            pad_token_id=_integer(settings, "pad_token_id"),
-        )
+        return cls(**_read(cls, settings))
 
 
 def _require(is_met: bool, complaint: str) -> None:
@@ -125,42 +102,34 @@ def _require(is_met: bool, complaint: str) -> None:
         raise UnsupportedCheckpoint(f"model settings: {complaint}")
 
 
-def _require_fields(settings: Mapping[str, object], expected: set[str]) -> None:
-    missing = sorted(expected - settings.keys())
+def _read(kind: type, settings: Mapping[str, object]) -> dict[str, Any]:
+    """Values for the fields of a dataclass; those with a default may be missing, or None where that is it."""
+    values: dict[str, Any] = {}
+    missing = []
+    for field in fields(kind):
+        if field.type is Rotary:
+            values[field.name] = Rotary(**_read(Rotary, settings))
+        elif settings.get(field.name) is not None or (field.name in settings and field.default is MISSING):
+            values[field.name] = _value(field.name, settings[field.name], field.type)
+        elif field.default is MISSING:
+            missing.append(field.name)
     _require(not missing, f"missing {', '.join(missing)}")
+    return values
 
 
-def _integer(settings: Mapping[str, object], key: str) -> int:
-    value = settings[key]
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UnsupportedCheckpoint(f"model settings: {key} is {value!r}, expected an integer")
+def _value(name: str, value: Any, kind: Any) -> Any:
+    kind = next((option for option in get_args(kind) if option is not NoneType), kind)
+    if issubclass(kind, StrEnum):
+        known = ", ".join(kind)
+        _require(value in list(kind), f"{name} is {value!r}, expected one of {known}")
+        return kind(value)
+    if kind is bool:
+        _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float:
+        _require(is_number and value > 0, f"{name} is {value!r}, expected a positive number")
+        return float(value)
+    _require(is_number and isinstance(value, int), f"{name} is {value!r}, expected an integer")
+    _require(value > 0 or name in _TOKEN_IDS, f"{name} is {value}, expected at least 1")
     return value
-
-
-def _size(settings: Mapping[str, object], key: str) -> int:
-    value = _integer(settings, key)
-    _require(value > 0, f"{key} is {value}, expected at least 1")
-    return value
-
-
-def _number(settings: Mapping[str, object], key: str) -> float:
-    value = settings[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise UnsupportedCheckpoint(f"model settings: {key} is {value!r}, expected a positive number")
-    return float(value)
-
-
-def _flag(settings: Mapping[str, object], key: str) -> bool:
-    value = settings[key]
-    if not isinstance(value, bool):
-        raise UnsupportedCheckpoint(f"model settings: {key} is {value!r}, expected true or false")
-    return value
-
-
-def _choice(settings: Mapping[str, object], key: str, kinds: type[Choice]) -> Choice:
-    value = settings[key]
-    for kind in kinds:
-        if value == kind:
-            return kind
-    known = ", ".join(kinds)
-    raise UnsupportedCheckpoint(f"model settings: {key} is {value!r}, expected one of {known}")

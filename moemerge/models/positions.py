@@ -1,36 +1,9 @@
-"""What attention is told about positions: rotary tables and relative position bias.
-
-Values in, values out; knows nothing of caches and layers.
-
-Shapes: T tokens, h head width.
-"""
+"""Relative position bias: buckets of distances. Values in, values out; knows nothing of caches and layers."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class RotaryTables(NamedTuple):
-    """Cosines and sines, [T, 1, h]; the sines of the first half of a head are negative."""
-
-    cosine: Tensor
-    sine: Tensor
-
-
-def rotary_tables(positions_T: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> RotaryTables:
-    """Tables for inverse frequencies `theta^(-2i/h)`, computed in float32 and cast once."""
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions_T.device) / head_size
-    angles = positions_T.float()[:, None, None] * (1.0 / theta**exponents)
-    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
-    return RotaryTables(torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1))
-
-
-def rotate(heads_THh: Tensor, tables: RotaryTables) -> Tensor:
-    """Rotary embedding in the half-split form: entry i of a head is paired with entry i + h/2."""
-    swapped = heads_THh.roll(heads_THh.shape[-1] // 2, dims=-1)
-    return heads_THh * tables.cosine + swapped * tables.sine
 
 
 def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:

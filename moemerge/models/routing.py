@@ -23,6 +23,7 @@ class Routing(StrEnum):
     SOFTMAX_TOPK_RENORMALISED = "softmax_topk_renormalised"
     SOFTMAX_TOPK = "softmax_topk"
     TOPK_SOFTMAX = "topk_softmax"
+    ONE_EXPERT = "one_expert"
     SWITCH_TOP1 = "switch_top1"
 
 
@@ -70,7 +71,14 @@ TOKEN_ROUTINGS: Mapping[Routing, Callable[[Tensor, int], Route]] = {
     Routing.SOFTMAX_TOPK: softmax_topk,
     Routing.TOPK_SOFTMAX: topk_softmax,
 }
-"""The kinds that look at one token at a time, which is what a decoder-only model may use."""
+"""The kinds that look at the router's scores of one token at a time."""
+
+
+def one_expert(hidden_TD: Tensor) -> Route:
+    """Every token goes to the only slot: layers whose feed-forward network is their single expert."""
+    shape = len(hidden_TD), 1
+    slots_T1 = torch.zeros(shape, dtype=torch.int64, device=hidden_TD.device)
+    return Route(slots_T1, torch.ones(shape, device=hidden_TD.device))
 
 
 def switch_top1(logits_TE: Tensor, dtype: torch.dtype) -> Route:

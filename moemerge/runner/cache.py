@@ -7,26 +7,13 @@ Shapes: L layers, N blocks, P tokens per block, G key/value heads, h head width;
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moemerge.models import Group
+from moemerge.models.geometry import CacheGeometry
 from moemerge.runner.blocks import BlockTable
-
-
-class CacheGeometry(NamedTuple):
-    """What one block holds."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_size: int
-    block_tokens: int
-
-    def block_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of a block, keys and values of all layers."""
-        return 2 * self.num_layers * self.block_tokens * self.num_kv_heads * self.head_size * dtype.itemsize
 
 
 class BlockCache:

@@ -30,7 +30,7 @@ from moemerge.models import (
     build_model,
 )
 from moemerge.runner.blocks import BlockTable
-from moemerge.runner.cache import BlockCache, BlockKeys, CacheGeometry
+from moemerge.runner.cache import BlockCache, BlockKeys
 from moemerge.runner.cached_pool import CachedExpertPool
 from moemerge.runner.pool import ExpertPool
 from moemerge.runner.rows import VariantResiduals
@@ -192,15 +192,6 @@ def model_of(bundle: Bundle, variant: str) -> Model:
         UnsupportedCheckpoint: Settings that no model here implements.
     """
     return build_model(bundle.family.arithmetic, bundle.variant(variant).settings)
-
-
-def cache_geometry(model: Model, block_tokens: int) -> CacheGeometry:
-    """What a block of the key/value cache holds for this model."""
-    if isinstance(model, Decoder):
-        decoder = model.config
-        return CacheGeometry(decoder.num_layers, decoder.num_kv_heads, decoder.head_size, block_tokens)
-    config = model.config
-    return CacheGeometry(config.num_decoder_layers, config.num_heads, config.head_size, block_tokens)
 
 
 def _arithmetic_of(model: Model) -> object:

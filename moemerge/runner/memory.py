@@ -1,6 +1,5 @@
 """What an engine holds in device memory, and how that is divided between residents, cache and pool."""
 
-import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -10,9 +9,10 @@ import torch
 from moemerge.bundle.reader import Bundle
 from moemerge.checkpoint.sizes import format_size
 from moemerge.errors import InvalidRecipe, NotEnoughRoom
+from moemerge.models.geometry import CacheGeometry, cache_geometry
 from moemerge.runner.blocks import BlockPool
-from moemerge.runner.cache import BlockCache, CacheGeometry
-from moemerge.runner.forward import cache_geometry, model_of
+from moemerge.runner.cache import BlockCache
+from moemerge.runner.forward import model_of
 from moemerge.runner.intake import max_positions
 from moemerge.runner.options import (
     EngineOptions,
@@ -24,7 +24,6 @@ from moemerge.runner.options import (
 from moemerge.runner.pool import load_pool, pool_bytes
 from moemerge.runner.weights import WeightStore
 
-logger = logging.getLogger(__name__)
 _CACHE_SHARE = 1 / 8
 """Of the memory there is, what the key/value cache takes when nothing is said."""
 _CUDA_SHARE = 0.9
@@ -119,7 +118,6 @@ class DeviceMemory:
             options, bundle, self.store, geometry,
             resident=self._limit, variants=variants, context_tokens=longest,
         )  # fmt: skip
-        logger.debug("computes in %s on %s; %s", self.dtype, self.device, plan)
         self._resident_bytes = plan.resident_bytes
         self.blocks = BlockPool(plan.num_blocks, options.block_tokens)
         self.pool = load_pool(

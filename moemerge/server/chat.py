@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from moemerge.server.answers import Piece, Prompt
 from moemerge.server.body import JsonRoute
 from moemerge.server.errors import invalid
-from moemerge.server.events import EventStream, answer_whole
+from moemerge.server.events import STREAMED, EventStream, answer_whole
 from moemerge.server.generation import Generation, Wanted
 from moemerge.server.logprobs import PlacedLogprob
 from moemerge.server.requests import ChatBody, Message
@@ -24,11 +24,12 @@ from moemerge.server.responses import (
     ChatMessage,
 )
 from moemerge.server.serving import ServedVariant, Serving, ServingOf
+from moemerge.text.reasoning import Parts
 
 chat = APIRouter(tags=["text"], route_class=JsonRoute)
 
 
-@chat.post("/v1/chat/completions", response_model=Chat)
+@chat.post("/v1/chat/completions", response_model=Chat, responses=STREAMED)
 async def create_chat_completion(body: ChatBody, request: Request, serving: ServingOf) -> Response:
     """Answer the last message of a conversation.
 
@@ -48,7 +49,7 @@ async def create_chat_completion(body: ChatBody, request: Request, serving: Serv
         arrival_s=arrival_s,
     )
     generation = Generation(serving, variant, body, wanted, [Prompt(token_ids)], "chatcmpl")
-    form = _Form(generation, variant, body)
+    form = _Form(generation, variant, body, token_ids)
     if body.stream:
         return EventStream(generation.inbox, form.chunks())
     return await answer_whole(request.receive, generation.inbox, form.whole())
@@ -83,8 +84,11 @@ def _prepare(serving: Serving, name: str, messages: list[Message]) -> tuple[Serv
 class _Form:
     """A generation in the form of chats."""
 
-    def __init__(self, generation: Generation, variant: ServedVariant, body: ChatBody) -> None:
+    def __init__(
+        self, generation: Generation, variant: ServedVariant, body: ChatBody, prompt_ids: tuple[int, ...]
+    ) -> None:
         self._generation = generation
+        self._reasoning = [variant.text.reasoning(prompt_ids) for _ in range(body.n or 1)]
         self._names = variant.names
         self._body = body
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -99,7 +103,7 @@ class _Form:
             choices=[
                 ChatChoice(
                     index=answer.index,
-                    message=ChatMessage(role="assistant", content=answer.text),
+                    message=self._message(answer),
                     logprobs=self._logprobs(answer.logprobs),
                     finish_reason=answer.finish_reason,
                 )
@@ -113,11 +117,26 @@ class _Form:
         for index in range(self._body.n or 1):
             yield self._chunk(ChatDelta(role="assistant", content=""), Piece(index, "", [], None))
         async for piece in self._generation.pieces():
-            yield self._chunk(ChatDelta(content=piece.text) if piece.text else ChatDelta(), piece)
+            yield self._chunk(self._delta(piece), piece)
         if self._with_usage:
             last = self._empty_chunk()
             last.usage = self._generation.usage()
             yield last
+
+    def _message(self, answer: Piece) -> ChatMessage:
+        parts = self._reasoning[answer.index].split(answer.text)
+        message = ChatMessage(role="assistant", content=parts.content)
+        if parts.reasoning:
+            message.reasoning_content = parts.reasoning
+        return message
+
+    def _delta(self, piece: Piece) -> ChatDelta:
+        reasoning = self._reasoning[piece.index]
+        parts = reasoning.add(piece.text)
+        if piece.finish_reason is not None:
+            parts = Parts(*(now + rest for now, rest in zip(parts, reasoning.finish(), strict=True)))
+        given = {"content": parts.content, "reasoning_content": parts.reasoning}
+        return ChatDelta(**{name: text for name, text in given.items() if text})
 
     def _chunk(self, delta: ChatDelta, piece: Piece) -> ChatChunk:
         chunk = self._empty_chunk()

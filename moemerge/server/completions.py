@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from moemerge.server.answers import Piece, Prompt
 from moemerge.server.body import JsonRoute
 from moemerge.server.errors import invalid
-from moemerge.server.events import EventStream, answer_whole
+from moemerge.server.events import STREAMED, EventStream, answer_whole
 from moemerge.server.generation import Generation, Wanted
 from moemerge.server.requests import CompletionBody
 from moemerge.server.responses import Completion, CompletionChoice
@@ -20,7 +20,7 @@ _DEFAULT_TOKENS = 16
 completions = APIRouter(tags=["text"], route_class=JsonRoute)
 
 
-@completions.post("/v1/completions", response_model=Completion)
+@completions.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def create_completion(body: CompletionBody, request: Request, serving: ServingOf) -> Response:
     """Continue a prompt: text, token ids, or a list of either.
 

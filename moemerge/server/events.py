@@ -15,8 +15,13 @@ from moemerge.server.errors import ApiError, error_body, hide_folder, translate
 from moemerge.server.inbox import Inbox
 
 Result = TypeVar("Result")
+EVENTS = "text/event-stream"
 CLIENT_GONE = 499
 """Status that only logs and metrics see; nginx's number for it."""
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {EVENTS: {}}, "description": "Whole, or as events."}
+}
+"""What an address that may answer with an `EventStream` says of that."""
 
 
 class ClientGone(Exception):
@@ -30,7 +35,7 @@ class EventStream(Response):
     the inbox cancels what still runs for it.
     """
 
-    media_type = "text/event-stream"
+    media_type = EVENTS
 
     def __init__(self, inbox: Inbox, chunks: AsyncGenerator[BaseModel, None]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})

@@ -191,10 +191,10 @@ def _request(
 
 
 def _sampling(body: GenerationBody, recommended: Sampling, copy: int) -> Sampling:
-    """The client's wishes, then the variant's recommendation, then OpenAI's default, which is to sample."""
+    """The client's wishes, then the variant's recommendation, which begins with OpenAI's default."""
     top_k = None if body.top_k is None else max(0, body.top_k)
     return Sampling(
-        temperature=_first(body.temperature, recommended.temperature or 1.0),
+        temperature=_first(body.temperature, recommended.temperature),
         top_k=_first(top_k, recommended.top_k),
         top_p=_first(body.top_p, recommended.top_p),
         min_p=_first(body.min_p, recommended.min_p),

@@ -6,7 +6,7 @@ Fields that OpenAI has and this server has not may be sent with the value that c
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from moemerge.text.limits import MAX_LOGPROBS
@@ -159,9 +159,16 @@ class Message(Body):
 
     harmless = dict.fromkeys(("tool_calls", "function_call", "refusal", "annotations", "audio"), _NO_TOOLS)
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "bot"]
     content: Content
+    reasoning_content: str | None = Field(None, description="What an assistant thought, for templates.")
     name: str | None = None
+
+    @field_validator("role")
+    @classmethod
+    def _call_bots_assistants(cls, role: str) -> str:
+        """Templates may have other words; all know this one."""
+        return "assistant" if role == "bot" else role
 
     @property
     def text(self) -> str:

@@ -68,10 +68,11 @@ class ChatLogprobs(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """A variant's answer."""
+    """A variant's answer; where it thought first, that is apart."""
 
     role: Literal["assistant"]
     content: str
+    reasoning_content: str | None = None
 
 
 class ChatChoice(BaseModel):
@@ -99,6 +100,7 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatChunkChoice(BaseModel):

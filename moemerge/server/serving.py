@@ -16,6 +16,7 @@ from moemerge.server.logprobs import TokenNames
 from moemerge.server.options import ServerOptions
 from moemerge.text.variants import VariantText
 
+_OPENAI_TEMPERATURE = 1.0
 _UNKNOWN_MODEL = Kind(404, "invalid_request_error", "model_not_found")
 
 
@@ -30,7 +31,7 @@ class ServedVariant:
         """
         self.text = text
         self.names = TokenNames(text.tokenizer)
-        self.recommended = text.recommended()
+        self.recommended = text.recommended(otherwise=_OPENAI_TEMPERATURE)
 
     def require_readable(self) -> None:
         """Read what is otherwise read when it is first needed.

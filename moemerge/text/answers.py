@@ -11,6 +11,7 @@ from moemerge.runner.engine import Engine
 from moemerge.runner.request import FinishReason, Output, Request
 from moemerge.runner.sampling import Sampling
 from moemerge.text.limits import longest_answer
+from moemerge.text.reasoning import Parts, ReasoningText, Stage
 from moemerge.text.streaming import StreamingText
 from moemerge.text.variants import VariantText
 
@@ -20,13 +21,16 @@ class Answer:
     """What a variant answered.
 
     Attributes:
-        token_ids: Tokens of the answer, of a stop string too, without the stop token.
+        text: In a conversation without what the variant thought before.
+        reasoning: That.
+        token_ids: Tokens of both, of tags and of a stop string too, without the stop token.
         finish_reason: `stop`, `length`, or `cancelled`.
         seconds: Time of generation, the prompt included.
     """
 
     variant: str
     text: str
+    reasoning: str
     token_ids: tuple[int, ...]
     num_prompt_tokens: int
     finish_reason: FinishReason
@@ -37,6 +41,7 @@ class Answer:
         return {
             "variant": self.variant,
             "text": self.text,
+            "reasoning": self.reasoning,
             "token_ids": list(self.token_ids),
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.num_prompt_tokens,
@@ -108,7 +113,9 @@ def answer(
     max_tokens: int,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    chat: bool = False,
     write: Callable[[str], None] = lambda piece: None,
+    think: Callable[[str], None] = lambda piece: None,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> Answer:
     """Let a variant answer; nothing else may be under way in the engine.
@@ -120,7 +127,9 @@ def answer(
         max_tokens: Longest answer, as far as the context leaves room.
         sampling: How tokens are chosen; greedy by default.
         stop: Strings that end the answer.
+        chat: Whether the prompt is a conversation, in which a variant may think before it answers.
         write: Gets the text piece by piece.
+        think: Gets what the variant thinks, before.
         is_cancelled: Asked after every step; true ends the answer.
 
     Raises:
@@ -145,22 +154,33 @@ def answer(
         stop_ids=text.stop_ids,
     )
     running = RunningAnswer(request, text, stop)
+    parts = text.reasoning(prompt_ids) if chat else ReasoningText(Stage.ANSWERING)
+    told = [Parts("", "")]
+
+    def tell(part: Parts) -> None:
+        told.append(part)
+        if part.reasoning:
+            think(part.reasoning)
+        write(part.content)
+
     begin = time.perf_counter()
     engine.submit(request)
     try:
         while running.finish_reason is None:
             for output in engine.step():
                 if output.request_id == request.request_id:
-                    write(running.add(output))
+                    tell(parts.add(running.add(output)))
             if is_cancelled():
                 engine.cancel(request.request_id)
     finally:
         engine.cancel(request.request_id)
     if running.error is not None:
         raise ServingError(f"{text.where}: {running.error}")
+    tell(parts.finish())
     return Answer(
         variant=text.name,
-        text=running.text,
+        text="".join(part.content for part in told),
+        reasoning="".join(part.reasoning for part in told),
         token_ids=tuple(running.token_ids),
         num_prompt_tokens=len(prompt_ids),
         finish_reason=running.finish_reason,

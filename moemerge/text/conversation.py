@@ -54,9 +54,10 @@ class Conversation:
         sampling: Sampling,
         stop: tuple[str, ...] = (),
         write: Callable[[str], None],
+        think: Callable[[str], None] = lambda piece: None,
         is_cancelled: Callable[[], bool],
     ) -> Answer:
-        """Say something and take the answer into the conversation; see `answers.answer`.
+        """Say something; the answer joins the conversation without its thinking; see `answers.answer`.
 
         Raises:
             ContextExceeded: The conversation leaves no room for an answer; this turn is forgotten.
@@ -72,7 +73,9 @@ class Conversation:
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stop,
+            chat=True,
             write=write,
+            think=think,
             is_cancelled=is_cancelled,
         )
         self.messages += [turn, {"role": "assistant", "content": found.text.strip()}]

@@ -24,6 +24,7 @@ from moemerge.runner.engine import Engine
 from moemerge.runner.request import Output
 from moemerge.runner.sampling import TokenLogprob
 from moemerge.text.answers import RunningAnswer
+from moemerge.text.reasoning import Parts
 from moemerge.text.request_lines import RequestLine, parse_line
 from moemerge.text.results import check_target, keep_whole_results
 from moemerge.text.variants import BundleText
@@ -231,9 +232,14 @@ class _Run:
         result: dict[str, Any] = {"line": line.number}
         if line.custom_id is not None:
             result["custom_id"] = line.custom_id
+        parts = Parts("", running.text)
+        if line.is_chat:
+            parts = line.text.reasoning(line.request.prompt_ids).split(running.text)
+        if parts.reasoning:
+            result["reasoning"] = parts.reasoning
         result |= {
             "variant": line.text.name,
-            "text": running.text,
+            "text": parts.content,
             "token_ids": running.token_ids,
             "finish_reason": running.finish_reason,
             "usage": {

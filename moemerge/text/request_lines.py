@@ -39,6 +39,7 @@ class RequestLine:
         request: For the engine; its id is the number.
         is_default_length: The line does not say how long the answer may be: what does not fit is cut.
         stop: Strings that end the answer.
+        is_chat: The prompt is a conversation, in which a variant may think before it answers.
     """
 
     number: int
@@ -47,6 +48,7 @@ class RequestLine:
     request: Request
     is_default_length: bool
     stop: tuple[str, ...]
+    is_chat: bool
 
     def request_within(self, limits: VariantLimits) -> Request:
         """The request for an engine that may have less room than the variant's context."""
@@ -112,6 +114,7 @@ def parse_line(raw: bytes, number: int, texts: BundleText, defaults: Mapping[str
         ),
         is_default_length=asked is None,
         stop=_stop(values.get("stop")),
+        is_chat=prompt_field == "messages",
     )
 
 

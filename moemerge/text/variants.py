@@ -1,6 +1,6 @@
 """What a variant needs to read and write text: tokenizer, chat template, limits, recommended settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -8,8 +8,11 @@ from moemerge.bundle.reader import Bundle
 from moemerge.checkpoint.tokenizer import VariantTokenizer, load_json, load_tokenizer
 from moemerge.errors import InvalidRecipe, NotFound
 from moemerge.runner.sampling import Sampling
+from moemerge.text.reasoning import CLOSE, OPEN, ReasoningText, Stage
 from moemerge.text.templates import ChatTemplate, Message, load_chat_template
 
+_TAG_TOKENS = 16
+"""Tokens at the end of a prompt that are looked at for an opening tag; it may be one for each character."""
 _RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -121,24 +124,39 @@ class VariantText:
         """The token ids of `render_chat`; templates write special tokens themselves."""
         return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
 
+    def reasoning(self, prompt_ids: Sequence[int]) -> ReasoningText:
+        """What tells thinking and answer apart in what follows these tokens of a conversation.
+
+        Variants think whose chat template knows the closing tag; of others all is the answer.
+        """
+        template = self.chat_template
+        if template is None or not any(CLOSE in source for source in template.sources.values()):
+            return ReasoningText(Stage.ANSWERING)
+        end = self.tokenizer.decode(list(prompt_ids[-_TAG_TOKENS:]), skip_special_tokens=False)
+        return ReasoningText(Stage.THINKING if end.rstrip().endswith(OPEN) else Stage.BEFORE)
+
     def context_of_answer(self, prompt_ids: Sequence[int]) -> Sequence[int]:
         """The tokens that the text of an answer follows on: an encoder-decoder's answer stands alone."""
         return () if self.is_encoder_decoder else prompt_ids
 
-    def recommended(self) -> Sampling:
-        """Sampling as the variant's `generation_config.json` recommends it; greedy when it does not.
+    def recommended(self, otherwise: float = 0.0) -> Sampling:
+        """Sampling as the variant's `generation_config.json` recommends it.
+
+        What truncates counts only where it asks to sample, a repetition penalty always.
+
+        Args:
+            otherwise: Temperature where it says neither to sample nor to be greedy.
 
         Raises:
             InvalidRecipe: Its values cannot be.
         """
         config = load_json(self._find, "generation_config.json")
-        if config.get("do_sample") is not True:
-            return Sampling()
-        given: Mapping[str, Any] = {
-            name: config[name] for name in _RECOMMENDED if config.get(name) is not None
-        }
+        samples = config.get("do_sample")
+        names = _RECOMMENDED if samples is True else ("repetition_penalty",)
+        given: dict[str, Any] = {"temperature": 1.0 if samples else otherwise if samples is None else 0.0}
+        given |= {name: config[name] for name in names if config.get(name) is not None}
         try:
-            return Sampling(**{"temperature": 1.0, **given})
+            return Sampling(**given)
         except InvalidRecipe as error:
             raise InvalidRecipe(f"{self.where}: generation_config.json: {error}") from error
 

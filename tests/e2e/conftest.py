@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from tests.e2e.hub_server import HubServer
 

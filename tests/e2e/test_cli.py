@@ -78,7 +78,7 @@ def without_reports(bundle: Path) -> dict[str, bytes]:
 def test_recipe_gives_the_bytes_of_the_same_options(user, tmp_path):
     recipe = user / "duo.yaml"
     recipe.write_text(
-        "schema: moemerge/recipe@1\nvariants:\n  code: ./code\n  law: law\nbudget: 1.5x\npolicy: cluster\n"
+        "schema: moemerge/recipe@1\nvariants:\n  code: ./code\n  law: law\nbudget: 1.5x\npolicy: measured\n"
     )
     target = tmp_path / "duo.moe"
     # Folders in a recipe start at the recipe, wherever the program runs.

@@ -13,7 +13,7 @@ import pytest
 
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation import pipeline
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from tests.e2e.program import call_program, run_program, start_slow_program, tree
 from tests.factories import edit_tensors, read_canonical, write_siblings

@@ -12,7 +12,7 @@ from moemerge.consolidation.evidence import LayerRecord
 from moemerge.consolidation.measured import TextStatistics
 from moemerge.consolidation.plan import write_plan
 from moemerge.consolidation.planning import build_measured_plan
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from tests.e2e.program import call_program, start_slow_program, tree
 from tests.e2e.test_interruption import wait_for_step
@@ -106,12 +106,60 @@ def test_calibration_of_other_weights_is_refused(calibration):
     assert "other weights than those given: code" in done.envelope["data"]["message"]
 
 
-def test_calibration_for_a_policy_that_does_not_read_it_is_refused(calibration):
-    done = call_program(
-        "plan", *SOURCES, "--budget", "1x", "--policy", "mean", "--calibration", calibration, "--json"
-    )
+def test_evidence_for_a_policy_that_does_not_read_it_is_refused(calibration):
+    for evidence in (["--calibration", calibration], TEXTS):
+        done = call_program("plan", *SOURCES, "--budget", "1x", "--policy", "mean", *evidence, "--json")
+        assert done.code == 3
+        assert "--policy measured" in done.envelope["data"]["message"]
+
+
+def test_floor_that_a_budget_cannot_keep_ends_with_the_quality_gate(calibration, tmp_path):
+    options = ["--budget", "0.3x", "--floor", 0.999, "--calibration", calibration]
+    done = call_program("merge", *SOURCES, *options, "-o", tmp_path / "duo.moe", "--json")
+    assert done.code == 9
+    assert "its floor is 0.999" in done.envelope["data"]["message"]
+    assert not (tmp_path / "duo.moe").exists()
+
+
+def test_device_leaves_its_experts_what_variants_and_cache_do_not_take(tiny, tmp_path):
+    sources = tiny[:2]
+    options = ["--fit-batch", 1, "--fit-tokens", 64, "--json"]
+    planned = call_program("plan", *sources, "--fit", "150kB", *options)
+    assert planned.code == 0, planned.err
+    data = planned.envelope["data"]
+    assert data["budget"] == "fit 150kB"
+    others = 150_000 - data["allowed_bytes"]
+    merged = call_program("merge", *sources, "--fit", "150kB", *options, "-o", tmp_path / "duo.moe")
+    assert merged.code == 0, merged.err
+    bundle = call_program("show", tmp_path / "duo.moe", "--json").envelope["data"]
+    own = sum(facts["own_bytes"] + facts["shared_bytes"] for facts in bundle["variants"].values())
+    # Keys and values of 64 tokens: two layers, two heads of eight, in bf16.
+    assert others == own + 64 * 2 * 2 * 2 * 8 * 2
+    refused = call_program("plan", *sources, "--fit", "10kB", "--json")
+    assert refused.code == 3
+    assert "leaves nothing for experts" in refused.envelope["data"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--quality", 0.99], "needs the base"),
+        (["--budget", "1x", "--floor", 0.9], "needs the base"),
+        (["--quality", 1.5], "expected a share"),
+        (["--budget", "exact", "--quality", 0.9], "keeps everything"),
+        (["--budget", "1x", "--fit", "1GiB"], "not both"),
+        (["--budget", "1x", "--fit-batch", 2], "go with --fit"),
+        (["--budget", "1x", "--tokens", 2], "--tokens goes with --text"),
+        (["--quality", 0.9, "--policy", "mean"], "--policy measured"),
+        (["--budget", "0.01x"], "the least possible here is"),
+        (["--budget", "1x", "--heal", 1, "--text", "code=a", "--calibration", "b"], "not both"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(tiny, tmp_path, options, words):
+    done = call_program("merge", *tiny[:2], *options, "-o", tmp_path / "duo.moe", "--json")
     assert done.code == 3
-    assert "--policy measured" in done.envelope["data"]["message"]
+    assert words in done.envelope["data"]["message"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_text_noise_decides_and_the_plan_says_so(tiny, tmp_path):

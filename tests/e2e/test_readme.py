@@ -87,7 +87,7 @@ def test_example_in_bundle_format_is_what_a_merge_writes(workplace):
     family = "examples/families/mini"
     names = ("code", "scripture", "sums")
     sources = " ".join(f"{name}={family}/{name}" for name in names)
-    workplace.bash(f"moemerge merge {sources} --base {family}/base --budget 1x -o out.moe")
+    workplace.bash(f"moemerge merge {sources} --base {family}/base --budget 1x --policy cluster -o out.moe")
     bundle = workplace.folder / "out.moe"
     manifest = json.loads((bundle / "moemerge.json").read_text())
     excerpt = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moemerge.bundle.reader import open_bundle
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
 from moemerge.runner.options import EngineOptions

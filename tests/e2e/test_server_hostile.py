@@ -41,7 +41,7 @@ def long_bundle(tmp_path_factory):
     """One whose answers may be long enough to outlast whatever buffers there are."""
     from moemerge.checkpoint.variants import open_variants
     from moemerge.consolidation.pipeline import merge
-    from moemerge.consolidation.recipe import options_of
+    from moemerge.consolidation.task import options_of
     from moemerge.refs import FolderRef
 
     folder = tmp_path_factory.mktemp("long")

@@ -17,7 +17,7 @@ from typer.main import get_command
 from moemerge.checkpoint.variants import open_variants
 from moemerge.cli.app import app
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from tests.e2e.program import call_program
 from tests.e2e.serving import error_of, wait_for

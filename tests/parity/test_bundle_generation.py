@@ -11,10 +11,11 @@ from moemerge.bundle.export import export_variant
 from moemerge.bundle.reader import open_bundle
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.errors import UnsupportedCheckpoint
+from moemerge.models.geometry import cache_geometry
 from moemerge.refs import FolderRef
-from moemerge.runner.forward import cache_geometry, model_of
+from moemerge.runner.forward import model_of
 from moemerge.runner.policies import Policy
 from moemerge.runner.request import FinishReason, Request
 from tests.bundles import NAMES, VOCABULARIES, open_engine, write_family

@@ -12,7 +12,7 @@ from moemerge.bundle.reader import Bundle, open_bundle
 from moemerge.bundle.verify import verify_bundle
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from moemerge.runner.request import Request
 from moemerge.runner.weights import WeightStore

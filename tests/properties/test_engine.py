@@ -16,7 +16,8 @@ from hypothesis.stateful import (
 
 from moemerge.bundle.reader import open_bundle
 from moemerge.errors import Busy, InvalidRecipe
-from moemerge.runner.forward import cache_geometry, model_of
+from moemerge.models.geometry import cache_geometry
+from moemerge.runner.forward import model_of
 from moemerge.runner.policies import Policy
 from moemerge.runner.pool import pool_bytes
 from moemerge.runner.request import FinishReason, Request

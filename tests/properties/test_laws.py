@@ -19,7 +19,7 @@ from moemerge.consolidation.pipeline import Merged, merge
 from moemerge.consolidation.plan import dump_plan, read_plan, write_plan
 from moemerge.consolidation.planning import plan_variants
 from moemerge.consolidation.policies import POLICIES
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from tests.e2e.program import tree
 from tests.factories import edit_tensors, read_canonical, write_checkpoint

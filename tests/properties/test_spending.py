@@ -16,8 +16,8 @@ from moemerge.consolidation.ladder import code_size, ladder_of
 from moemerge.consolidation.measured import NoiseStatistics
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.planning import build_measured_plan, measure_costs, measure_layers, plan_variants
-from moemerge.consolidation.recipe import options_of
 from moemerge.consolidation.spending import Prices, spend
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from tests.factories import edit_tensors, write_checkpoint, write_siblings
 

@@ -13,7 +13,7 @@ from moemerge.bundle.manifest import read_manifest
 from moemerge.bundle.reader import open_bundle
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from tests.e2e.program import tree
 from tests.factories import read_canonical, write_checkpoint, write_siblings

@@ -149,12 +149,12 @@ def test_every_difference_is_reported_together(tmp_path):
 def test_findings_of_several_unreadable_variants_come_together(tmp_path):
     good = write_checkpoint(tmp_path / "good")
     unknown = write_checkpoint(tmp_path / "unknown")
-    edit_json(unknown / "config.json", model_type="llama")
+    edit_json(unknown / "config.json", model_type="llama_of_yore")
     broken = write_checkpoint(tmp_path / "broken")
     edit_json(broken / "config.json", hidden_act="gelu", num_experts=9)
     error = refusal(unknown, good, broken, tmp_path / "absent", kind=UnsupportedCheckpoint)
     for words in (
-        "variant v0: ", "'llama' is not supported", "variant v2: ", "hidden_act = 'gelu'", "disagree",
+        "variant v0: ", "'llama_of_yore' is not supported", "variant v2: ", "hidden_act = 'gelu'", "disagree",
         "variant v3: ", "absent: no such folder",
     ):  # fmt: skip
         assert words in str(error)
@@ -166,6 +166,6 @@ def test_findings_of_several_unreadable_variants_come_together(tmp_path):
 
 def test_kind_of_the_first_failure_decides_the_exit_code(tmp_path):
     unknown = write_checkpoint(tmp_path / "unknown")
-    edit_json(unknown / "config.json", model_type="llama")
+    edit_json(unknown / "config.json", model_type="llama_of_yore")
     assert refusal(tmp_path / "absent", unknown, kind=NotFound).exit_code == 5
     assert refusal(unknown, tmp_path / "absent").exit_code == 4

@@ -1,6 +1,7 @@
 """Safetensors headers: nothing in them is believed before it is checked."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from moemerge.checkpoint.headers import StoredTensor, parse_header, read_header
-from moemerge.checkpoint.tensors import TensorReader
+from moemerge.checkpoint.tensors import TensorReader, bytes_of
 from moemerge.errors import DamagedInput, NotFound
 from tests.factories import edit_header, truncate, write_lfs_pointer
 
@@ -47,11 +48,22 @@ def test_file_without_tensors_is_read(tmp_path):
     assert read_header(path) == {}
 
 
-def test_rows_of_a_stacked_tensor_are_a_range_of_it(file):
-    row = read_header(file)["a"].rows(1, 1, (3,))
-    assert (row.shape, row.nbytes) == ((3,), 12)
+@pytest.mark.parametrize(
+    ("first", "shape", "strides", "entries"),
+    [
+        pytest.param(3, (3,), (1,), [3, 4, 5], id="row"),
+        pytest.param(1, (2,), (3,), [1, 4], id="column"),
+        pytest.param(0, (3, 2), (1, 3), [[0, 3], [1, 4], [2, 5]], id="transposed"),
+        pytest.param(1, (2, 1), (2, 3), [[1], [3]], id="every-second"),
+    ],
+)
+def test_view_holds_the_entries_it_names(file, first, shape, strides, entries):
+    view = read_header(file)["a"].view("a'", first, shape, strides)
+    assert (view.shape, view.nbytes) == (shape, 4 * math.prod(shape))
     with TensorReader() as reader:
-        assert reader.read(row).tolist() == [3, 4, 5]
+        assert reader.read(view).tolist() == entries
+        assert reader.read(view).tolist() == entries
+        assert b"".join(map(bytes, reader.chunks(view, 4))) == bytes_of(torch.tensor(entries).float())
 
 
 def test_missing_file_is_not_found(tmp_path):

@@ -10,7 +10,7 @@ from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.plan import dump_plan, read_plan, write_plan
 from moemerge.consolidation.planning import PlanOptions, check_plan, plan_variants
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.errors import IncompatibleInputs, InvalidRecipe, MoemergeError, NotFound
 from moemerge.refs import FolderRef
 from tests.factories import edit_tensors, read_canonical, write_checkpoint, write_siblings

@@ -4,6 +4,7 @@ import pytest
 
 from moemerge.consolidation.planning import PlanOptions
 from moemerge.consolidation.recipe import choose_task, read_recipe
+from moemerge.consolidation.task import EvidenceOptions, Limits
 from moemerge.errors import InvalidRecipe, NotFound
 
 GOOD = """schema: moemerge/recipe@1
@@ -174,9 +175,10 @@ def test_missing_recipe_is_not_found(tmp_path):
         read_recipe(tmp_path / "recipe.yaml")
 
 
-def choose(**changes):
-    options = dict.fromkeys(("budget", "policy", "plan", "recipe")) | {"within": False, **changes}
-    return choose_task(["a=./a"], None, **options)
+def choose(budget=None, evidence=None, **changes):
+    options = dict.fromkeys(("policy", "plan", "recipe", "repair")) | {"within": False, **changes}
+    limits = budget if isinstance(budget, Limits) else Limits(budget=budget)
+    return choose_task(["a=./a"], None, limits=limits, evidence=evidence or EvidenceOptions(), **options)
 
 
 @pytest.mark.parametrize("changes", [{}, {"budget": "1x", "plan": "p"}, {"plan": "p", "recipe": "r"}])

@@ -7,9 +7,9 @@ from moemerge.bundle.reader import open_bundle
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.budget import parse_budget
+from moemerge.consolidation.layers import measure_layers
 from moemerge.consolidation.measured import NoiseStatistics
 from moemerge.consolidation.plan import PlannedExpert
-from moemerge.consolidation.planning import measure_layers
 from moemerge.errors import IncompatibleInputs, InvalidRecipe
 from moemerge.evaluation.comparison import build_bundle
 from moemerge.evaluation.methods import AVERAGE, METHODS, OURS, Materials

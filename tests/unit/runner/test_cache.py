@@ -12,9 +12,10 @@ import torch
 
 from moemerge.models.batch import Span
 from moemerge.models.cache import GrowingCache
+from moemerge.models.geometry import CacheGeometry
 from moemerge.models.groups import Group
 from moemerge.runner.blocks import BlockPool, BlockTable, Owner
-from moemerge.runner.cache import BlockCache, BlockKeys, CacheGeometry
+from moemerge.runner.cache import BlockCache, BlockKeys
 
 CPU = torch.device("cpu")
 OWNER = Owner("bundle", "variant", 0)

@@ -12,7 +12,7 @@ from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.errors import DamagedBundle, DamagedInput, NotEnoughRoom
 from moemerge.models.layouts import Int4Matrix, Int8Blocks, Int8Matrix, can_arrange_int4
 from moemerge.models.packed import PackedMatrix

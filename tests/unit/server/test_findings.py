@@ -105,7 +105,7 @@ CHAT = {"model": "m", "messages": [MESSAGE]}
         (
             ChatBody,
             {**CHAT, "messages": [{"role": "tool", "content": "x"}]},
-            "messages.0.role is \"tool\", expected 'system', 'developer', 'user' or 'assistant'",
+            "messages.0.role is \"tool\", expected 'system', 'developer', 'user', 'assistant' or 'bot'",
         ),
         (ChatBody, {**CHAT, "messages": ["hi"]}, 'messages.0 is "hi", expected an object'),
         (ChatBody, {**CHAT, "top_logprobs": 2}, "top_logprobs goes only with logprobs"),

@@ -103,7 +103,9 @@ def test_numbers_that_are_not_finite_are_told(engine, texts):
 
 def test_answer_as_json_has_all_of_it(engine, texts):
     found = ask(engine, texts, max_tokens=2).as_dict()
-    assert found.keys() == {"variant", "text", "token_ids", "finish_reason", "prompt_tokens", "seconds"}
+    assert found.keys() == {
+        "variant", "text", "reasoning", "token_ids", "finish_reason", "prompt_tokens", "seconds"
+    }  # fmt: skip
 
 
 def say(conversation, content, **options):

@@ -5,7 +5,7 @@ import pytest
 from moemerge.bundle.reader import open_bundle
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.errors import InvalidRecipe, NotFound
 from moemerge.refs import FolderRef
 from moemerge.runner.sampling import Sampling
@@ -72,7 +72,16 @@ def test_chat_is_encoded_as_the_template_writes_it(bundle):
 
 def test_recommended_sampling_is_greedy_unless_the_files_say_otherwise(bundle):
     assert VariantText(bundle, "tuned").recommended() == Sampling()
+    assert VariantText(bundle, "tuned").recommended(otherwise=1.0) == Sampling(temperature=1.0)
     assert VariantText(bundle, "plain").recommended() == Sampling(temperature=0.6, top_p=0.9)
+
+
+def test_greedy_recommendation_keeps_its_penalty_and_nothing_that_truncates(bundle, tmp_path):
+    text = VariantText(bundle, "plain")
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"do_sample": false, "temperature": 0.3, "top_k": 5, "repetition_penalty": 1.03}')
+    text._find = {"generation_config.json": path}.get
+    assert text.recommended(otherwise=1.0) == Sampling(repetition_penalty=1.03)
 
 
 def test_recommended_sampling_that_cannot_be_names_its_file(bundle, tmp_path):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from moemerge.models.positions import rotary_tables, rotate
+from moemerge.models.rotary import Rotary, rotary_tables, rotate
 
 
 def rotated_plain(vector: list[float], position: int, theta: float) -> list[float]:
@@ -20,7 +20,7 @@ def rotated_plain(vector: list[float], position: int, theta: float) -> list[floa
 def test_rotation_equals_complex_multiplication():
     heads = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0, 1, 5, 40])
-    rotated = rotate(heads, rotary_tables(positions, 6, 50.0, torch.float32))
+    rotated = rotate(heads, rotary_tables(positions, 6, Rotary(rope_theta=50.0), torch.float32))
     for token in range(4):
         for head in range(3):
             expected = rotated_plain(heads[token, head].tolist(), int(positions[token]), 50.0)
@@ -29,8 +29,8 @@ def test_rotation_equals_complex_multiplication():
 
 def test_rotary_tables_are_computed_in_float32_and_cast_once():
     positions = torch.tensor([300, 301])
-    narrow = rotary_tables(positions, 8, 1e4, torch.bfloat16)
-    wide = rotary_tables(positions, 8, 1e4, torch.float32)
+    narrow = rotary_tables(positions, 8, Rotary(rope_theta=1e4), torch.bfloat16)
+    wide = rotary_tables(positions, 8, Rotary(rope_theta=1e4), torch.float32)
     assert torch.equal(narrow.cosine, wide.cosine.bfloat16())
     assert torch.equal(narrow.sine, wide.sine.bfloat16())
     assert not torch.equal(narrow.cosine[0], narrow.cosine[1])

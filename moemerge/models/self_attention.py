@@ -1,0 +1,54 @@
+"""Self-attention of a decoder's layer, from normed hidden states to what is added to the residual stream.
+
+Knows nothing of norms between layers, of experts and of how keys are stored.
+
+Shapes: T tokens, D model width, H query heads, G key/value heads, h head width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moemerge.models.attention import KeyValues, attend
+from moemerge.models.config import DecoderConfig
+from moemerge.models.groups import Group
+from moemerge.models.rotary import RotaryTables, rotary_tables, rotate
+from moemerge.models.weights import Weights
+
+
+class GroupedAttention:
+    """H query heads over G heads of keys and values, queries and keys rotated by their positions."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self._config = config
+        self._scale = config.head_size**-0.5
+
+    def tables(self, positions_T: Tensor, dtype: torch.dtype) -> RotaryTables:
+        """What all layers need to know of the positions of a batch."""
+        return rotary_tables(positions_T, self._config.head_size, self._config.rotary, dtype)
+
+    def attend(
+        self,
+        layer_index: int,
+        normed_TD: Tensor,
+        weights: Weights,
+        tables: RotaryTables,
+        groups: Sequence[Group],
+        keys: KeyValues | None,
+    ) -> Tensor:
+        """Output [T, D] of a layer's attention."""
+        config = self._config
+        role = f"decoder.{layer_index}.attention"
+        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
+        query = self._project(f"{role}.query", normed_TD, weights).view(-1, num_heads, config.head_size)
+        key = self._project(f"{role}.key", normed_TD, weights).view(-1, num_kv_heads, config.head_size)
+        value = self._project(f"{role}.value", normed_TD, weights).view(-1, num_kv_heads, config.head_size)
+        query, key = rotate(query, tables), rotate(key, tables)
+        mixed_TD = attend(groups, layer_index, query, key, value, keys, self._scale)
+        output_TD = weights.linear(f"{role}.output", mixed_TD)
+        return weights.add(f"{role}.output.bias", output_TD) if config.has_output_bias else output_TD
+
+    def _project(self, role: str, normed_TD: Tensor, weights: Weights) -> Tensor:
+        projected = weights.linear(role, normed_TD)
+        return weights.add(f"{role}.bias", projected) if self._config.has_qkv_bias else projected
