@@ -22,6 +22,7 @@ BORROWED = {
     "CONTRIBUTING.md": "contributing.md",
     "examples/README.md": "examples.md",
     "examples/families/mini/README.md": "mini.md",
+    "examples/variants/README.md": "variants.md",
 }
 """Files of the repository by the page that they become."""
 

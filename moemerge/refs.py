@@ -55,7 +55,21 @@ class FolderRef:
         return str(self.path)
 
 
-SourceRef = HubRef | FolderRef
+RepositoryRef = HubRef | FolderRef
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedRef:
+    """A checkpoint with an adapter applied to it, `base+adapter`."""
+
+    base: RepositoryRef
+    adapter: RepositoryRef
+
+    def __str__(self) -> str:
+        return f"{self.base}+{self.adapter}"
+
+
+SourceRef = RepositoryRef | AdaptedRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +84,7 @@ class VariantRef:
 
 
 def parse_source(text: str) -> SourceRef:
-    """The checkpoint that `text` names.
+    """The checkpoint that `text` names; `base+adapter` names one with an adapter applied to it.
 
     A leading `.`, `/` or `~` means a folder, `org/name[@revision]` a hub repository, and anything
     else a folder if it exists. When a relative folder has the form of a repository name and exists,
@@ -79,6 +93,47 @@ def parse_source(text: str) -> SourceRef:
     Raises:
         InvalidRecipe: Empty, ambiguous, or neither form.
     """
+    halves = split_adapted(text)
+    if halves is None:
+        return _parse_plain(text)
+    if not all(half.strip() for half in halves):
+        raise InvalidRecipe(
+            f"{text!r} lacks a half of BASE+ADAPTER; both are a folder or org/name[@revision]"
+        )
+    base, adapter = halves
+    return AdaptedRef(_parse_plain(base), _parse_plain(adapter))
+
+
+def split_adapted(text: str, folder: Path = Path()) -> tuple[str, str] | None:
+    """The two halves of `base+adapter`; None for a reference without a plus, or a folder that has one.
+
+    Args:
+        text: The reference.
+        folder: Where relative folders start.
+
+    Raises:
+        InvalidRecipe: Several signs, of which not exactly one parts two things that can be.
+    """
+    if "+" not in text or (folder / Path(text).expanduser()).exists():
+        return None
+    splits = [(text[:place], text[place + 1 :]) for place, sign in enumerate(text) if sign == "+"]
+    if len(splits) > 1:
+        splits = [halves for halves in splits if all(_can_be(half, folder) for half in halves)]
+    if len(splits) != 1:
+        raise InvalidRecipe(
+            f"{text!r} has several plus signs, and {len(splits)} of them stand between two folders or "
+            f"repositories; expected BASE+ADAPTER. Give folders names without a plus"
+        )
+    return splits[0]
+
+
+def _can_be(text: str, folder: Path) -> bool:
+    """Whether a text is an existing folder or could be a repository."""
+    repository = text.removeprefix("hf://").partition("@")[0]
+    return (folder / Path(text).expanduser()).exists() or bool(_REPOSITORY.fullmatch(repository))
+
+
+def _parse_plain(text: str) -> RepositoryRef:
     if not text.strip():
         raise InvalidRecipe("empty reference; expected org/name, org/name@revision or a folder")
     if text.startswith("hf://"):
@@ -120,6 +175,15 @@ def parse_repository(text: str) -> HubRef:
         InvalidRecipe: Not of the form `org/name[@revision]`.
     """
     return _parse_hub(text.removeprefix("hf://"), text)
+
+
+def parse_repositories(text: str) -> list[HubRef]:
+    """The hub repositories that `text` names: one, or a base and an adapter.
+
+    Raises:
+        InvalidRecipe: Not of the form `org/name[@revision]`, once or joined by a plus.
+    """
+    return [parse_repository(half) for half in split_adapted(text) or (text,)]
 
 
 def _parse_hub(text: str, original: str) -> HubRef:

@@ -15,10 +15,10 @@ import torch
 
 from moemerge import __version__
 from moemerge.bench.machine import describe_machine, usable_cores
+from moemerge.checkpoint.conversions import default_cache
 from moemerge.checkpoint.disk import free_bytes
 from moemerge.checkpoint.hub import cache_folder
 from moemerge.checkpoint.hub_access import ask_hub
-from moemerge.checkpoint.pickles import default_cache
 from moemerge.checkpoint.sizes import format_size
 from moemerge.models.products import can_pack
 
@@ -158,14 +158,14 @@ def _container_limit() -> int | None:
 
 
 def _check_disks() -> Iterator[Check]:
-    places = {"disk": Path.cwd(), "hub cache": cache_folder(), "pickle cache": default_cache()}
+    places = {"disk": Path.cwd(), "hub cache": cache_folder(), "conversions": default_cache()}
     for name, folder in places.items():
         existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
         found = f"{format_size(free_bytes(folder))} free in {folder}"
         move = {"disk": "Work in another folder", "hub cache": "Set HF_HOME to another folder"}
         fix = move.get(name, "Set XDG_CACHE_HOME to another folder")
         if not os.access(existing, os.W_OK):
-            level = _warning if name == "pickle cache" else _error
+            level = _warning if name == "conversions" else _error
             yield level(name, f"{found}, cannot be written", fix)
         elif free_bytes(folder) < _LITTLE_DISK:
             yield _warning(name, found, f"Free some space. {fix}")

@@ -1,7 +1,6 @@
 """What is benchmarked: a bundle that is there, or one that is generated, and checkpoints of its variants."""
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from moemerge.bench.systems import Subject
 from moemerge.bundle.export import export_variant
 from moemerge.bundle.manifest import MANIFEST
 from moemerge.bundle.reader import Bundle, open_bundle
+from moemerge.checkpoint.conversions import default_cache
 from moemerge.checkpoint.digest import hash_file
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.errors import InvalidRecipe
@@ -19,8 +19,7 @@ from moemerge.progress import Progress
 
 def default_work() -> Path:
     """Where models are kept: `$XDG_CACHE_HOME/moemerge/bench`, by default in `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "moemerge" / "bench"
+    return default_cache() / "bench"
 
 
 def generated_subject(

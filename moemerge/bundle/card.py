@@ -33,7 +33,8 @@ def write_card(manifest: Manifest) -> str:
 
 def _metadata(manifest: Manifest) -> str:
     sources = dict.fromkeys(variant.source for variant in manifest.variants.values())
-    repositories = [source.partition("@")[0] for source in sources if "/" in source]
+    halves = [half for source in sources for half in source.split("+")]
+    repositories = [half.partition("@")[0] for half in halves if "/" in half]
     lines = ["---", "library_name: moemerge", "tags:", "- moe", "- merge", "- moemerge"]
     if repositories:
         lines += ["base_model:", *(f"- {repository}" for repository in dict.fromkeys(repositories))]

@@ -1,6 +1,6 @@
 """Every tensor of a checkpoint, bundle or variant under the name it has in its files, from headers alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moemerge.bundle.export import exported_tensors
 from moemerge.bundle.opened import shape_of
@@ -62,11 +62,18 @@ def list_tensors(
             for file in bundle.weight_files
             for name in sorted(bundle.stored_names(file))
         ]
-    repository = open_readable(ref, offline=offline, allow_pickle=allow_pickle, progress=progress)
-    return [_stored(tensor, tensor.path.name) for tensor in read_weight_headers(repository).values()]
+    source = open_readable(
+        ref, offline=offline, allow_pickle=allow_pickle, find_base=False, progress=progress
+    )
+    if source.adapter is None:
+        return [_stored(t, t.path.name) for t in read_weight_headers(source.repository).values()]
+    return [
+        _stored(replace(tensor, name=name), tensor.path.name if tensor.is_local else None)
+        for name, tensor in source.open().by_name().items()
+    ]
 
 
-def _stored(tensor: StoredTensor, file: str) -> ListedTensor:
+def _stored(tensor: StoredTensor, file: str | None) -> ListedTensor:
     return ListedTensor(
         name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, nbytes=tensor.nbytes, file=file
     )

@@ -11,16 +11,14 @@ from pathlib import Path
 
 from moemerge.bundle.export import EffectivePart, Exported, effective_parts
 from moemerge.bundle.reader import Bundle, is_bundle, open_bundle
-from moemerge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from moemerge.checkpoint.checkpoint import EXPERTS, Checkpoint, expert_name
+from moemerge.checkpoint.conversions import default_cache
 from moemerge.checkpoint.family import Family, Settings
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.side_files import licence_files, side_files
 from moemerge.checkpoint.variants import open_readable
 from moemerge.progress import Progress
 from moemerge.refs import FolderRef, SourceRef, VariantRef
-
-EXPERTS = "experts."
-"""How canonical names of expert tensors begin."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,6 @@ def shape_of(tensor: Exported) -> tuple[int, ...]:
     return tensor.pool.shape if isinstance(tensor, EffectivePart) else tensor.shape
 
 
-def expert_name(layer_index: int, slot: int, part: str) -> str:
-    """Canonical name of an expert tensor."""
-    return f"{EXPERTS}{layer_index}.{slot}.{part}"
-
-
 def open_models(
     ref: SourceRef | VariantRef,
     *,
@@ -100,24 +93,23 @@ def open_models(
     """The model that a reference names, under an empty name; of a bundle all variants by name.
 
     Raises:
-        MoemergeError: As `open_bundle`, `open_readable` and `open_checkpoint`.
+        MoemergeError: As `open_bundle`, `open_readable` and `Source.apply`.
     """
     if isinstance(ref, VariantRef):
         return {"": variant_model(open_bundle(ref.folder), ref.variant)}
     if isinstance(ref, FolderRef) and is_bundle(ref.path):
         bundle = open_bundle(ref.path)
         return {name: variant_model(bundle, name) for name in bundle.manifest.variants}
-    repository = open_readable(
+    source = open_readable(
         ref, offline=offline, download=download, allow_pickle=allow_pickle, progress=progress
     )
-    return {"": checkpoint_model(open_checkpoint(repository))}
+    checkpoint = source.apply(default_cache(), progress) if source.is_local else source.open()
+    return {"": checkpoint_model(checkpoint)}
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> OpenedModel:
     """A checkpoint as a model to look at."""
-    tensors: dict[str, Exported] = dict(checkpoint.tensors)
-    for (layer, slot), parts in checkpoint.experts.items():
-        tensors |= {expert_name(layer, slot, part): tensor for part, tensor in parts.items()}
+    tensors: dict[str, Exported] = dict(checkpoint.by_name())
     names = [*side_files(checkpoint.repository), *licence_files(checkpoint.repository)]
     places = {name: checkpoint.side_file(name) for name in names}
     files = {name: path for name, path in places.items() if path}

@@ -3,6 +3,7 @@
 Opened from headers alone, so all of this works before weights are downloaded.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from moemerge.checkpoint.headers import FLOAT_DTYPES, StoredTensor
 from moemerge.checkpoint.match import MatchedTensors, match_tensors
 from moemerge.checkpoint.repository import LocalFolder, Repository, read_json
 from moemerge.checkpoint.settings import read_settings
-from moemerge.checkpoint.weights import find_quantised, read_weight_headers
+from moemerge.checkpoint.weights import find_quantised, read_weight_headers, refuse_adapter
 from moemerge.errors import Finding, UnsupportedCheckpoint, raise_findings
 
+logger = logging.getLogger(__name__)
 Parts = dict[str, StoredTensor]
+EXPERTS = "experts."
+"""How canonical names of expert tensors begin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,23 @@ class Checkpoint:
     @property
     def is_local(self) -> bool:
         """Whether the weights can be read without a download."""
-        return all(tensor.is_local for tensor in self.tensors.values())
+        return all(tensor.is_local for tensor in self.by_name().values())
+
+    def by_name(self) -> dict[str, StoredTensor]:
+        """Every tensor by its canonical name: its role, or its expert's part, whatever the layout."""
+        named = dict(self.tensors)
+        for (layer, slot), parts in self.experts.items():
+            named |= {expert_name(layer, slot, part): tensor for part, tensor in parts.items()}
+        return named
+
+    def replaced(self, tensors: dict[str, StoredTensor], **changes: Any) -> "Checkpoint":
+        """The same with other tensors under these canonical names, and other attributes."""
+        experts = {
+            (layer, slot): {part: tensors.get(expert_name(layer, slot, part), t) for part, t in parts.items()}
+            for (layer, slot), parts in self.experts.items()
+        }
+        others = {role: tensors.get(role, tensor) for role, tensor in self.tensors.items()}
+        return replace(self, tensors=others, experts=experts, **changes)
 
     @property
     def files(self) -> frozenset[Path]:
@@ -93,10 +113,14 @@ class Checkpoint:
     def dtype_bytes(self) -> dict[str, int]:
         """Bytes per stored dtype, largest first."""
         totals: dict[str, int] = {}
-        parts = [part for parts in self.experts.values() for part in parts.values()]
-        for tensor in [*self.tensors.values(), *parts]:
+        for tensor in self.by_name().values():
             totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.nbytes
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def expert_name(layer_index: int, slot: int, part: str) -> str:
+    """Canonical name of an expert tensor."""
+    return f"{EXPERTS}{layer_index}.{slot}.{part}"
 
 
 def open_checkpoint(repository: Repository) -> Checkpoint:
@@ -107,6 +131,7 @@ def open_checkpoint(repository: Repository) -> Checkpoint:
         UnsupportedCheckpoint: A kind of checkpoint that is not read.
         NotFound, DamagedInput: Files missing or damaged.
     """
+    refuse_adapter(repository)
     if "config.json" not in repository.files():
         # Kinds that have no config.json have a message of their own.
         read_weight_headers(repository)
@@ -124,6 +149,7 @@ def open_checkpoint(repository: Repository) -> Checkpoint:
     findings += _check_sparse_steps(family, settings, config, where)
     findings += _check_choice(settings, where)
     raise_findings(findings, f"{repository.label} does not match family {family.model_type}")
+    logger.debug("%s: %s, %d tensors in %s", repository.label, family.title, len(stored), matched.layout)
     return Checkpoint(
         label=repository.label,
         family=family,

@@ -4,6 +4,7 @@ Only this module and `hub_upload` talk to a network. A commit is resolved once a
 pinned to it. Files that were fetched completely are never fetched again; an interrupted file starts anew.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -35,18 +36,21 @@ from moemerge.checkpoint.hub_errors import translated
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.checkpoint.side_files import find_side_files
 from moemerge.checkpoint.weights import (
+    ADAPTER,
     INDEX,
     PICKLE_INDEX,
     SINGLE,
     find_pickle_files,
     find_weight_files,
     has_only_pickles,
+    is_adapter,
     require_files,
 )
 from moemerge.errors import InvalidRecipe, NetworkFailure
 from moemerge.progress import Progress, Silent
 from moemerge.refs import HubRef
 
+logger = logging.getLogger(__name__)
 _PARALLEL_FILES = 4
 
 
@@ -175,6 +179,7 @@ def pull(
     files = files_to_pull(repository, allow_pickle=allow_pickle)
     missing = sum(file.size for file in files if not file.cached)
     check_disk(cache_folder(), missing, f"pulling {repository.label}")
+    logger.debug("%s: %d files, %d bytes of them to fetch", repository.label, len(files), missing)
     report = progress or Silent()
     report.start(f"pull {repository.label}", missing)
     folder = _fetch_all(repository, files, report)
@@ -236,6 +241,8 @@ def _missing_weights(folder: LocalFolder) -> list[str]:
     present = folder.files()
     if has_only_pickles(folder):
         return [name for name in find_pickle_files(folder) if name not in present]
+    if is_adapter(folder):
+        return [] if ADAPTER in present else [ADAPTER]
     if INDEX not in present and SINGLE not in present:
         return [SINGLE]
     return [name for name in find_weight_files(folder) if name not in present]

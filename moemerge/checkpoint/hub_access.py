@@ -43,5 +43,6 @@ def ask_hub() -> HubAccess:
     except NotAuthorised:
         return HubAccess(address=address, seconds=seconds, problem="the token is not valid")
     except MoemergeError as error:
-        return HubAccess(address=address, problem=str(error))
+        # Its words are those of a download; here only the cause counts.
+        return HubAccess(address=address, problem=f"the connection failed: {error.__cause__}")
     return HubAccess(address=address, seconds=seconds, user=user)

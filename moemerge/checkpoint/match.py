@@ -65,7 +65,7 @@ def match_tensors(
     _drop_copies(matched, family, settings)
     if matched.unplaced:
         names = list(matched.unplaced)
-        shown = "; ".join(f"{name}{_nearest(name, known)}" for name in names[:_SHOWN])
+        shown = "; ".join(f"{name}{nearest(name, known)}" for name in names[:_SHOWN])
         rest = f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         matched.error(
             "TENSOR_UNKNOWN",
@@ -178,6 +178,7 @@ def _drop_copies(matched: MatchedTensors, family: Family, settings: Settings) ->
                 matched.dropped[name] = reason
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """The known name that is most like one that is not known, for messages; empty when none is."""
     close = difflib.get_close_matches(name, known[:2000], n=1, cutoff=0.6)
     return f" (nearest known: {close[0]})" if close else ""

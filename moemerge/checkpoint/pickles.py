@@ -5,21 +5,20 @@ alone; whatever else a file asks for is refused. Knows nothing of families.
 """
 
 import json
-import os
 import pickle
 import re
 import shutil
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
-from filelock import FileLock
 from torch import Tensor
 
-from moemerge.checkpoint.disk import check_disk
+from moemerge.checkpoint.conversions import convert_once
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.checkpoint.side_files import find_side_files
 from moemerge.checkpoint.tensors import TORCH_DTYPES
@@ -29,12 +28,6 @@ from moemerge.errors import DamagedInput, UnsupportedCheckpoint
 from moemerge.progress import Progress, Silent
 
 _SAMPLE_BYTES = 64 * 1024
-
-
-def default_cache() -> Path:
-    """Where conversions are kept: `$XDG_CACHE_HOME/moemerge/pickles`, by default in `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "moemerge" / "pickles"
 
 
 def convert_pickles(folder: LocalFolder, cache: Path, progress: Progress | None = None) -> LocalFolder:
@@ -55,15 +48,12 @@ def convert_pickles(folder: LocalFolder, cache: Path, progress: Progress | None 
     """
     names = find_pickle_files(folder)
     require_files(folder, names, PICKLE_INDEX)
-    key = _digest(folder, names)
-    target = cache / key
-    # The lock is beside the cache's entries because a conversion is renamed as a whole.
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{key}.lock"):
-        if not target.exists():
-            check_disk(cache, sum(folder.files()[name] for name in names), f"converting {folder.label}")
-            _convert(folder, names, cache / f"{key}.tmp", target, progress or Silent())
-    return LocalFolder(target, folder.label, folder.origin)
+    needed = sum(folder.files()[name] for name in names)
+    write = partial(_write, folder, names, progress or Silent())
+    place = convert_once(
+        cache, _digest(folder, names), write, needed=needed, purpose=f"converting {folder.label}"
+    )
+    return LocalFolder(place, folder.label, folder.origin)
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
@@ -104,21 +94,13 @@ def _require_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in content.items()}
 
 
-def _convert(folder: LocalFolder, names: list[str], staging: Path, target: Path, report: Progress) -> None:
-    if staging.exists():
-        shutil.rmtree(staging)  # of a run that was killed; the lock is ours
-    staging.mkdir()
-    try:
-        _write_weights(folder, names, staging, report)
-        for name in find_side_files(folder):
-            shutil.copyfile(folder.path / name, staging / name)
-        staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+def _write(folder: LocalFolder, names: list[str], report: Progress, place: Path) -> None:
+    _write_weights(folder, names, place, report)
+    for name in find_side_files(folder):
+        shutil.copyfile(folder.path / name, place / name)
 
 
-def _write_weights(folder: LocalFolder, names: list[str], staging: Path, report: Progress) -> None:
+def _write_weights(folder: LocalFolder, names: list[str], place: Path, report: Progress) -> None:
     sizes = folder.files()
     report.start(f"convert {folder.label}", sum(sizes[name] for name in names))
     weight_map: dict[str, str] = {}
@@ -131,7 +113,7 @@ def _write_weights(folder: LocalFolder, names: list[str], staging: Path, report:
                 f"{folder.path / name}: {min(repeated)} is in another file as well; shards of two uploads?"
             )
         write_tensors(
-            staging / file_name,
+            place / file_name,
             [memory_tensor(key, tensor) for key, tensor in tensors.items()],
             {"format": "pt"},
         )
@@ -139,7 +121,7 @@ def _write_weights(folder: LocalFolder, names: list[str], staging: Path, report:
         total += sum(tensor.nbytes for tensor in tensors.values())
         report.advance(sizes[name])
     if len(names) > 1:
-        write_text(staging / INDEX, _index(weight_map, total))
+        write_text(place / INDEX, _index(weight_map, total))
 
 
 def _index(weight_map: dict[str, str], total: int) -> str:

@@ -40,9 +40,9 @@ def licence_files(repository: Repository) -> list[str]:
 
 
 def find_side_files(repository: Repository) -> list[str]:
-    """Names of all that is fetched or copied along with the weights, the model card included."""
-    card = [name for name in repository.files() if name == "README.md"]
-    return [*side_files(repository), *licence_files(repository), *card]
+    """Names of all that is fetched or copied along with the weights: also card and adapter configuration."""
+    others = [name for name in repository.files() if name in ("README.md", "adapter_config.json")]
+    return [*side_files(repository), *licence_files(repository), *others]
 
 
 def find_licence(repository: Repository) -> str | None:

@@ -1,20 +1,19 @@
 """Open all variants of a consolidation together, from folders or the hub."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moemerge.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config
+from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.compatibility import compare_variants
-from moemerge.checkpoint.pickles import convert_pickles, default_cache
-from moemerge.checkpoint.repository import LocalFolder, Repository
+from moemerge.checkpoint.conversions import default_cache
+from moemerge.checkpoint.source import Source, find_source
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.ties import resolve_ties
-from moemerge.checkpoint.weights import has_only_pickles
-from moemerge.errors import Finding, MoemergeError, UnsupportedCheckpoint, raise_findings
+from moemerge.errors import Finding, MoemergeError, raise_findings
 from moemerge.progress import Progress
-from moemerge.refs import FolderRef, HubRef, SourceRef
+from moemerge.refs import AdaptedRef, HubRef, SourceRef
 
 if TYPE_CHECKING:
     from moemerge.checkpoint.hub import HubRepository
@@ -69,7 +68,7 @@ def open_variants(
     offline: bool = False,
     download: bool = True,
     allow_pickle: bool = False,
-    pickle_cache: Path | None = None,
+    cache: Path | None = None,
     check: Check | None = None,
     progress: Progress | None = None,
 ) -> VariantSet:
@@ -79,9 +78,9 @@ def open_variants(
         sources: References by variant name.
         base: Reference of the common ancestor.
         offline: Use the hub cache only.
-        download: False to stop after the checks; then weights may not be readable.
+        download: False to stop after the checks; then weights may not be readable, and no adapter is applied.
         allow_pickle: Convert checkpoints that have pickles only, without running what is in them.
-        pickle_cache: Where conversions are kept; `pickles.default_cache()` unless given.
+        cache: Where conversions and applied adapters are kept; `default_cache()` unless given.
         check: Gives further findings about the variants, which are told with the others.
         progress: Told of downloads.
 
@@ -89,24 +88,22 @@ def open_variants(
         IncompatibleInputs: With every finding of every source.
         MoemergeError: When one source fails for another reason, that reason, with all findings.
     """
-    named = {**sources, **({_BASE: base} if base else {})}
-    repositories, opened = _look_at_all(named, offline=offline, allow_pickle=allow_pickle)
+    refs = {**sources, **({_BASE: base} if base else {})}
+    found, opened = _look_at_all(refs, offline=offline, allow_pickle=allow_pickle)
     if opened:
         _check_together(opened, check)
     if download:
-        _check_room(list(repositories.values()), allow_pickle=allow_pickle)
-    checkpoints = {}
-    for name, repository in repositories.items():
-        if name not in opened:
-            cache = pickle_cache or default_cache()
-            repositories[name] = _convert(repository, cache, progress, download=download)
-        checkpoints[name] = opened.get(name) or open_checkpoint(repositories[name])
+        _check_room(found.values())
+    kept = cache or default_cache()
+    for name in [name for name in found if name not in opened]:
+        found[name] = found[name].convert(kept, progress, download=download)
+    checkpoints = {name: opened.get(name) or source.open() for name, source in found.items()}
     if len(checkpoints) > len(opened):
         _check_together(checkpoints, check)
     if download:
-        for name, repository in repositories.items():
+        for name, source in found.items():
             if not checkpoints[name].is_local:
-                checkpoints[name] = open_checkpoint(_pull(repository, progress))
+                checkpoints[name] = source.pull(progress).apply(kept, progress)
     if all(checkpoint.is_local for checkpoint in checkpoints.values()):
         with TensorReader() as reader:
             checkpoints = {name: resolve_ties(c, reader) for name, c in checkpoints.items()}
@@ -115,93 +112,76 @@ def open_variants(
     return VariantSet(variants=checkpoints, base=base_checkpoint, findings=tuple(notes))
 
 
-def open_source(ref: SourceRef, *, offline: bool = False) -> Repository:
-    """The files that a reference names, without downloading weights."""
-    if isinstance(ref, FolderRef):
-        return LocalFolder(ref.path)
-    # The hub client takes a noticeable time to import; folders do not need it.
-    from moemerge.checkpoint import hub
-
-    return hub.find_cached(ref) if offline else hub.HubRepository(ref)
-
-
 def open_readable(
     ref: SourceRef,
     *,
     offline: bool = False,
     download: bool = False,
     allow_pickle: bool = False,
+    find_base: bool = True,
     progress: Progress | None = None,
-) -> Repository:
-    """The files that a reference names; pickles converted if allowed, weights downloaded if asked.
+) -> Source:
+    """What a reference names; pickles converted if allowed, weights downloaded if asked.
 
     Raises:
-        MoemergeError: As `convert_pickles` and `hub.pull`.
+        MoemergeError: As `find_source`, `Source.convert` and `hub.pull`.
     """
-    repository = open_source(ref, offline=offline)
-    if allow_pickle and has_only_pickles(repository):
-        return _convert(repository, default_cache(), progress, download=download)
-    if isinstance(repository, LocalFolder) or not download:
-        return repository
+    source = find_source(ref, offline=offline, allow_pickle=allow_pickle, find_base=find_base)
+    if source.needs_conversion:
+        source = source.convert(default_cache(), progress, download=download)
+    if source.is_local or not download:
+        return source
     # A checkpoint that cannot be read is not worth a download.
-    open_checkpoint(repository)
-    _check_room([repository], allow_pickle=allow_pickle)
-    return _pull(repository, progress)
+    source.open()
+    _check_room([source])
+    return source.pull(progress)
 
 
-def look_at_repositories(refs: Sequence[HubRef], *, allow_pickle: bool = False) -> "list[HubRepository]":
+def look_at_repositories(
+    refs: Sequence[Sequence[HubRef]], *, allow_pickle: bool = False
+) -> "list[HubRepository]":
     """Hub repositories, each checked by its configuration and headers; nothing is downloaded.
+
+    Args:
+        refs: Each of a checkpoint, of an adapter, whose base is added, or of a base and an adapter.
+        allow_pickle: As `open_variants`.
 
     Raises:
         MoemergeError: With the findings of every repository that cannot be read.
     """
-    from moemerge.checkpoint.hub import HubRepository
-
-    named: dict[str, SourceRef] = {str(ref): ref for ref in refs}
-    repositories, _ = _look_at_all(named, offline=False, allow_pickle=allow_pickle)
-    return [repository for repository in repositories.values() if isinstance(repository, HubRepository)]
+    parsed: list[SourceRef] = [ref[0] if len(ref) == 1 else AdaptedRef(*ref) for ref in refs]
+    named = {str(ref): ref for ref in parsed}
+    sources, _ = _look_at_all(named, offline=False, allow_pickle=allow_pickle)
+    found = {repository.origin: repository for source in sources.values() for repository in source.remote()}
+    return list(found.values())
 
 
 def _look_at_all(
-    sources: dict[str, SourceRef], *, offline: bool, allow_pickle: bool
-) -> tuple[dict[str, Repository], dict[str, Checkpoint]]:
+    refs: dict[str, SourceRef], *, offline: bool, allow_pickle: bool
+) -> tuple[dict[str, Source], dict[str, Checkpoint]]:
     """Every source, and its checkpoint unless pickles must be fetched and converted for that."""
-    repositories: dict[str, Repository] = {}
+    sources: dict[str, Source] = {}
     checkpoints: dict[str, Checkpoint] = {}
     failures: list[tuple[str, MoemergeError]] = []
-    for name, ref in sources.items():
+    for name, ref in refs.items():
         try:
-            repositories[name] = open_source(ref, offline=offline)
-            if allow_pickle and has_only_pickles(repositories[name]):
-                read_config(repositories[name])
-            else:
-                checkpoints[name] = open_checkpoint(repositories[name])
+            sources[name] = find_source(ref, offline=offline, allow_pickle=allow_pickle)
+            if (checkpoint := sources[name].look()) is not None:
+                checkpoints[name] = checkpoint
         except MoemergeError as error:
             failures.append((name, error))
     if failures:
         raise _combine(failures)
-    return repositories, checkpoints
+    return sources, checkpoints
 
 
-def _check_room(repositories: Sequence[Repository], *, allow_pickle: bool) -> None:
-    remote = [repository for repository in repositories if not isinstance(repository, LocalFolder)]
+def _check_room(sources: Iterable[Source]) -> None:
+    remote = [(repository, source) for source in sources for repository in source.remote()]
     if remote:
         from moemerge.checkpoint import hub
 
-        hub.check_room([r for r in remote if isinstance(r, hub.HubRepository)], allow_pickle=allow_pickle)
-
-
-def _convert(
-    repository: Repository, cache: Path, progress: Progress | None, *, download: bool
-) -> LocalFolder:
-    if isinstance(repository, LocalFolder):
-        return convert_pickles(repository, cache, progress)
-    if not download:
-        raise UnsupportedCheckpoint(
-            f"{repository.label}: weights are pickles, whose tensors are known only after a download. "
-            f"Run `moemerge pull` with --allow-pickle first"
-        )
-    return convert_pickles(_pull(repository, progress, allow_pickle=True), cache, progress)
+        allow_pickle = any(source.allow_pickle for _, source in remote)
+        hub.check_room([repository for repository, _ in remote], allow_pickle=allow_pickle)
 
 
 def _combine(failures: list[tuple[str, MoemergeError]]) -> MoemergeError:
@@ -225,10 +205,3 @@ def _check_together(checkpoints: dict[str, Checkpoint], check: Check | None) -> 
         findings += check(checkpoints)
     raise_findings(findings, "these checkpoints cannot be consolidated together")
     return findings
-
-
-def _pull(repository: Repository, progress: Progress | None, *, allow_pickle: bool = False) -> LocalFolder:
-    from moemerge.checkpoint import hub
-
-    assert isinstance(repository, hub.HubRepository)
-    return hub.pull(repository, progress, allow_pickle=allow_pickle)

@@ -15,6 +15,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
+ADAPTER_CONFIG = "adapter_config.json"
 _PICKLES = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
 _QUANTISED_NAMES = re.compile(
     r"(qweight|qzeros|g_idx|absmax|quant_map|quant_state.*|SCB|weight_scale|weight_scale_inv|scale_inv"
@@ -25,7 +28,7 @@ _PARALLEL_HEADERS = 8
 
 
 def find_weight_files(repository: Repository) -> list[str]:
-    """Names of the safetensors files, in order.
+    """Names of the safetensors files, in order; of an adapter, its own.
 
     Raises:
         UnsupportedCheckpoint: There are none; the message says what there is instead.
@@ -36,6 +39,8 @@ def find_weight_files(repository: Repository) -> list[str]:
         return sorted(set(_weight_map(repository, INDEX).values()))
     if SINGLE in files:
         return [SINGLE]
+    if is_adapter(repository) and ADAPTER in files:
+        return [ADAPTER]
     raise UnsupportedCheckpoint(f"{repository.label}: {_explain_no_weights(repository)}")
 
 
@@ -44,6 +49,24 @@ def has_only_pickles(repository: Repository) -> bool:
     files = repository.files()
     has_pickles = PICKLE_SINGLE in files or PICKLE_INDEX in files
     return has_pickles and SINGLE not in files and INDEX not in files
+
+
+def is_adapter(repository: Repository) -> bool:
+    """Whether there is an adapter's configuration and no weights of a whole model."""
+    files = repository.files()
+    return ADAPTER_CONFIG in files and not files.keys() & {SINGLE, INDEX, PICKLE_SINGLE, PICKLE_INDEX}
+
+
+def refuse_adapter(repository: Repository) -> None:
+    """Raise `UnsupportedCheckpoint` for an adapter where a whole model is needed."""
+    if is_adapter(repository):
+        base = (
+            read_json(repository, ADAPTER_CONFIG).get("base_model_name_or_path") or "a model it does not name"
+        )
+        raise UnsupportedCheckpoint(
+            f"{repository.label}: {ADAPTER_CONFIG} says that this is an adapter of {base}, without the "
+            f"weights of that model. Write BASE+{repository.label} to apply it"
+        )
 
 
 def find_pickle_files(repository: Repository) -> list[str]:
@@ -149,13 +172,13 @@ def _check_index(repository: Repository, tensors: dict[str, StoredTensor]) -> No
 
 def _explain_no_weights(repository: Repository) -> str:
     files = repository.files()
-    if "adapter_config.json" in files:
-        base = read_json(repository, "adapter_config.json").get("base_model_name_or_path") or "unknown"
+    if ADAPTER_PICKLE in files:
         return (
-            f"adapter_config.json says that this is an adapter of {base}, without the weights of that model. "
-            f"Merge it into them first (peft: model.merge_and_unload().save_pretrained(...)) "
-            f"and give that folder"
+            f"an adapter whose weights are a pickle ({ADAPTER_PICKLE}), which can run code when opened. "
+            f"Load it with peft and save it again: save_pretrained writes {ADAPTER}"
         )
+    if ADAPTER_CONFIG in files:
+        return f"an adapter without {ADAPTER}. Is the download complete?"
     if has_only_pickles(repository):
         return (
             f"weights are pickles ({PICKLE_SINGLE if PICKLE_SINGLE in files else PICKLE_INDEX}), which can "

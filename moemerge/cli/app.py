@@ -1,5 +1,6 @@
 """The program: its commands in the order of the work."""
 
+import inspect
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -32,6 +33,7 @@ from moemerge.cli import (
     verify,
 )
 from moemerge.cli.command import command
+from moemerge.cli.logs import show_logs
 from moemerge.cli.program import run_program
 
 app = typer.Typer(
@@ -57,11 +59,15 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _program(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
+    verbose: bool = typer.Option(
+        False, "--verbose", "-v", help="As --verbose of every command, whose -v is a variant."
+    ),
 ) -> None:
-    pass
+    context.with_resource(show_logs(verbose=verbose))
 
 
 _BUILT_IN = {"evaluate": "eval"}
@@ -73,7 +79,10 @@ for module in (
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     shown = _BUILT_IN.get(name, name)
-    app.command(shown)(command(getattr(module, name), shown))
+    function = getattr(module, name)
+    # Given as it is, the first line of a description is not cut to one line of the terminal.
+    summary = (inspect.getdoc(function) or "").partition("\n\n")[0]
+    app.command(shown, short_help=summary)(command(function, shown))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

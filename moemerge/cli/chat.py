@@ -12,6 +12,7 @@ import typer
 
 from moemerge.cli.answers import AnswerPrinter
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.completion import complete_variant
 from moemerge.cli.engine import (
     DeviceOption,
     DtypeOption,
@@ -45,7 +46,11 @@ def chat(
     variant: Annotated[
         str | None,
         typer.Option(
-            "--variant", "-v", metavar="NAME", help="Who answers first; the bundle's first variant."
+            "--variant",
+            "-v",
+            metavar="NAME",
+            help="Who answers first; the bundle's first variant.",
+            autocompletion=complete_variant,
         ),
     ] = None,
     system: Annotated[

@@ -4,20 +4,22 @@ Results go to standard output, progress, hints and errors to standard error.
 """
 
 import functools
+import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
 
+from moemerge.cli.logs import choose_level
+from moemerge.cli.signature import complete_signature
 from moemerge.cli.streams import forget_output
 from moemerge.errors import Finding, MoemergeError
 
 _RESUMABLE = "What was finished is kept; run the same command again to continue."
 _CONTINUED = ("add", "calibrate", "compare", "merge", "pull", "push", "remove")
 _STOPPED = "Nothing half-written is left; run the same command again."
-Parameters = ParamSpec("Parameters")
 SCHEMA = "moemerge/cli@1"
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 
@@ -26,6 +28,10 @@ JsonOption = Annotated[
 ]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no hints.", envvar="MOEMERGE_QUIET")
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option("--verbose", help="Tell what happens, with times.", envvar="MOEMERGE_VERBOSE"),
 ]
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Use the hub cache only, no network.", envvar="MOEMERGE_OFFLINE")
@@ -43,15 +49,17 @@ AllowPickleOption = Annotated[
 ]
 
 
-def command(function: Callable[Parameters, None], name: str = "") -> Callable[Parameters, None]:
-    """Give a command its error handling; its name is the function's unless told otherwise."""
+def command(function: Callable[..., None], name: str = "") -> Callable[..., None]:
+    """Give a command its error handling and common options; its name is the function's unless told."""
     name = name or function.__name__
+    declared = inspect.signature(function).parameters
 
     @functools.wraps(function)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+    def run(**kwargs: Any) -> None:
         as_json = bool(kwargs.get("as_json"))
+        choose_level(quiet=bool(kwargs.get("quiet")), verbose=bool(kwargs.get("verbose")))
         try:
-            function(*args, **kwargs)
+            function(**{key: value for key, value in kwargs.items() if key in declared})
         except MoemergeError as error:
             _report(error, name, as_json=as_json)
             raise typer.Exit(error.exit_code) from error
@@ -64,6 +72,8 @@ def command(function: Callable[Parameters, None], name: str = "") -> Callable[Pa
             forget_output()
             raise typer.Exit(0) from None
 
+    common = {"quiet": QuietOption, "verbose": VerboseOption}
+    run.__signature__ = complete_signature(function, name, common)  # type: ignore[attr-defined]
     return run
 
 

@@ -12,6 +12,7 @@ from moemerge.cli.command import (
     print_findings,
     print_json,
 )
+from moemerge.cli.completion import complete_variant
 from moemerge.cli.progress import show_progress
 from moemerge.errors import InvalidRecipe
 
@@ -41,7 +42,10 @@ def evaluate(
         str | None, typer.Option("--base", metavar="REF", help="Common ancestor, for the gain recovered.")
     ] = None,
     variant: Annotated[
-        list[str] | None, typer.Option("--variant", "-v", metavar="NAME", help="Measure only these.")
+        list[str] | None,
+        typer.Option(
+            "--variant", "-v", metavar="NAME", help="Measure only these.", autocompletion=complete_variant
+        ),
     ] = None,
     windows: WindowsOption = 96,
     window: WindowOption = 256,

@@ -6,12 +6,18 @@ from typing import Annotated
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, print_json
+from moemerge.cli.completion import complete_variant
 from moemerge.cli.progress import show_progress
 
 
 def export(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to read.")],
-    variant: Annotated[str, typer.Option("--variant", "-v", metavar="NAME", help="Variant to export.")],
+    variant: Annotated[
+        str,
+        typer.Option(
+            "--variant", "-v", metavar="NAME", help="Variant to export.", autocompletion=complete_variant
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to create.")],
     shard_size: Annotated[
         str, typer.Option("--shard-size", metavar="SIZE", help="Largest size of a file.")

@@ -10,7 +10,8 @@ from moemerge.checkpoint.sizes import format_size
 from moemerge.cli.command import hint
 from moemerge.progress import Progress, Silent
 
-_PLAIN_SECONDS = 5.0
+FIRST_SECONDS, PLAIN_SECONDS = 2.0, 5.0
+"""When work is told of that takes a while, and how often from then on, where lines are printed."""
 
 
 @contextmanager
@@ -80,7 +81,7 @@ class _Plain:
         with self._lock:
             self._done += num_bytes
             now = time.monotonic()
-            if now - self._last < _PLAIN_SECONDS:
+            if now - self._last < (PLAIN_SECONDS if self._spoke else FIRST_SECONDS):
                 return
             self._last, self._spoke = now, True
             rate = self._done / (now - self._begin)

@@ -9,7 +9,9 @@ from moemerge.cli.progress import show_progress
 
 
 def pull(
-    refs: Annotated[list[str], typer.Argument(metavar="REF...", help="Repositories, org/name[@revision].")],
+    refs: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="Repositories, org/name[@revision] or BASE+ADAPTER.")
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and sizes, fetch nothing.")] = False,
     offline: OfflineOption = False,
     allow_pickle: AllowPickleOption = False,
@@ -19,7 +21,7 @@ def pull(
     """Download checkpoints: only the files a merge needs, pinned to a commit.
 
     All repositories are looked at first, by their configuration and headers; nothing is fetched if one
-    cannot be read.
+    cannot be read. With an adapter comes the base that it names.
 
     Example: moemerge pull org/moe-code org/moe-law@v2 --dry-run
     """
@@ -28,17 +30,17 @@ def pull(
     from moemerge.checkpoint.sizes import format_size
     from moemerge.checkpoint.variants import look_at_repositories
     from moemerge.cli.tables import print_table
-    from moemerge.refs import parse_repository
+    from moemerge.refs import parse_repositories
 
-    parsed = [parse_repository(ref) for ref in refs]
+    halves = [parse_repositories(ref) for ref in refs]
     if offline:
-        folders = {str(ref): hub.find_cached(ref).path for ref in parsed}
+        folders = {str(half): hub.find_cached(half).path for pair in halves for half in pair}
         if as_json:
             print_json("pull", {"folders": {name: str(path) for name, path in folders.items()}})
         else:
             print_table("Cached", ["repository", "folder"], list(folders.items()))
         return
-    repositories = look_at_repositories(parsed, allow_pickle=allow_pickle)
+    repositories = look_at_repositories(halves, allow_pickle=allow_pickle)
     files = {r.label: hub.files_to_pull(r, allow_pickle=allow_pickle) for r in repositories}
     to_fetch = sum(file.size for pulls in files.values() for file in pulls if not file.cached)
     free = free_bytes(hub.cache_folder())

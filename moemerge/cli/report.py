@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.completion import complete_variant
 from moemerge.errors import InvalidRecipe
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ def report(
     view: Annotated[str | None, typer.Option("--view", metavar="NAME", help=f"One of: {_NAMES}.")] = None,
     layer: Annotated[int | None, typer.Option("--layer", metavar="N", help="Only this layer.")] = None,
     variant: Annotated[
-        str | None, typer.Option("--variant", "-v", metavar="NAME", help="Only this variant.")
+        str | None,
+        typer.Option(
+            "--variant", "-v", metavar="NAME", help="Only this variant.", autocompletion=complete_variant
+        ),
     ] = None,
     top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="How many of the worst slots.")] = 10,
     calibration: Annotated[

@@ -10,6 +10,7 @@ import typer
 
 from moemerge.cli.answers import AnswerPrinter
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.completion import complete_variant
 from moemerge.cli.engine import (
     DeviceOption,
     DtypeOption,
@@ -18,6 +19,7 @@ from moemerge.cli.engine import (
     open_with_files,
     use_huge_pages,
 )
+from moemerge.cli.progress import FIRST_SECONDS, PLAIN_SECONDS
 from moemerge.cli.sampling import (
     MinPOption,
     RepetitionOption,
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from moemerge.runner.weights import Swap
     from moemerge.text.answers import Answer
 
-_TELL_SECONDS = 5.0
-
 
 def run(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to run.")],
@@ -46,7 +46,11 @@ def run(
     variants: Annotated[
         list[str] | None,
         typer.Option(
-            "--variant", "-v", metavar="NAME", help="Variant that answers; give it several times to compare."
+            "--variant",
+            "-v",
+            metavar="NAME",
+            help="Variant that answers; give it several times to compare.",
+            autocompletion=complete_variant,
         ),
     ] = None,
     source: Annotated[
@@ -215,15 +219,22 @@ def _run_file(
 
 
 class _Counter:
-    """Says now and then how far a file is."""
+    """Says how far a file is, at the pace of progress in lines."""
 
     def __init__(self, total: int, *, quiet: bool) -> None:
         self._total = total
         self._quiet = quiet
-        self._told = time.monotonic()
+        self._begin = time.monotonic()
+        self._next = self._begin + FIRST_SECONDS
+        self._before: int | None = None
 
     def tell(self, count: int) -> None:
         """So many lines have results."""
-        if not self._quiet and time.monotonic() - self._told > _TELL_SECONDS:
-            self._told = time.monotonic()
-            hint(f"{count} of {self._total} lines")
+        now = time.monotonic()
+        # What results were there at the start says nothing about the rate.
+        self._before = count - 1 if self._before is None else self._before
+        if self._quiet or now < self._next:
+            return
+        self._next = now + PLAIN_SECONDS
+        rate = (count - self._before) / (now - self._begin)
+        hint(f"{count} of {self._total} lines, {rate:.1f}/s, {(self._total - count) / rate:.0f} s left")

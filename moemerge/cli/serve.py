@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
+from moemerge.cli.completion import complete_variant
 from moemerge.cli.engine import (
     DeviceOption,
     DtypeOption,
@@ -35,12 +36,23 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8642,
     variants: Annotated[
         list[str] | None,
-        typer.Option("--variant", "-v", metavar="NAME", help="Serve only these; give it several times."),
+        typer.Option(
+            "--variant",
+            "-v",
+            metavar="NAME",
+            help="Serve only these; give it several times.",
+            autocompletion=complete_variant,
+        ),
     ] = None,
     resident: ResidentOption = "all",
     pinned: Annotated[
         list[str] | None,
-        typer.Option("--pin", metavar="NAME", help="Variant that is loaded at the start and stays."),
+        typer.Option(
+            "--pin",
+            metavar="NAME",
+            help="Variant that is loaded at the start and stays.",
+            autocompletion=complete_variant,
+        ),
     ] = None,
     policy: Annotated[
         str, typer.Option("--policy", help="mixed, grouped, or fcfs (arrival order, the paper's mode).")

@@ -10,6 +10,7 @@ from moemerge.cli.command import (
     JsonOption,
     OfflineOption,
     QuietOption,
+    hint,
     print_findings,
     print_json,
 )
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from moemerge.bundle.opened import OpenedModel
     from moemerge.bundle.reader import Bundle
     from moemerge.checkpoint.checkpoint import Checkpoint
+    from moemerge.checkpoint.repository import Repository
 
 _SIZES = ("expert_bytes", "non_expert_bytes")
 _NOT_IN_TABLE = ("kind", "dtype_bytes", "expert_share", "ties", "dropped", "parameters", "active_parameters")
@@ -31,7 +33,7 @@ def show(
     reference: Annotated[
         str,
         typer.Argument(
-            metavar="REF|BUNDLE[:VARIANT]", help="A checkpoint, a bundle, or one of its variants."
+            metavar="REF|BUNDLE[:VARIANT]", help="A checkpoint, an adapter, a bundle, or one of its variants."
         ),
     ],
     tensors: Annotated[
@@ -46,15 +48,16 @@ def show(
     """Tell what a checkpoint or bundle holds, from headers only.
 
     --tensors lists what is in the files under the names it has there, also of a checkpoint that moemerge
-    does not read.
+    does not read. Of an adapter alone is told what it is and which base it names; BASE+ADAPTER is the
+    checkpoint that it makes.
 
     Example: moemerge show examples/families/mini/base --tensors "*embed*"
     """
     from moemerge.bundle.listing import list_tensors
     from moemerge.bundle.opened import variant_model
     from moemerge.bundle.reader import is_bundle, open_bundle
-    from moemerge.checkpoint.checkpoint import open_checkpoint
     from moemerge.checkpoint.variants import open_readable
+    from moemerge.checkpoint.weights import is_adapter
     from moemerge.refs import FolderRef, VariantRef, parse_model
 
     ref = parse_model(reference)
@@ -68,8 +71,13 @@ def show(
         _show_bundle(open_bundle(ref.path), as_json=as_json)
     else:
         with show_progress(quiet=quiet) as progress:
-            files = open_readable(ref, offline=offline, allow_pickle=allow_pickle, progress=progress)
-        _show_checkpoint(open_checkpoint(files), as_json=as_json)
+            source = open_readable(
+                ref, offline=offline, allow_pickle=allow_pickle, find_base=False, progress=progress
+            )
+        if is_adapter(source.repository):
+            _show_adapter(source.repository, as_json=as_json)
+        else:
+            _show_checkpoint(source.open(), as_json=as_json)
 
 
 def _show_checkpoint(checkpoint: "Checkpoint", *, as_json: bool) -> None:
@@ -82,6 +90,39 @@ def _show_checkpoint(checkpoint: "Checkpoint", *, as_json: bool) -> None:
         return
     _print_facts(checkpoint.label, facts)
     print_findings(checkpoint.findings)
+
+
+def _show_adapter(files: "Repository", *, as_json: bool) -> None:
+    from moemerge.checkpoint.adapter import read_adapter
+    from moemerge.checkpoint.sizes import format_size
+    from moemerge.cli.tables import print_table
+
+    adapter = read_adapter(files)
+    config = adapter.config
+    data = {
+        "kind": "adapter",
+        "method": config.kind,
+        "base": config.base_model_name_or_path,
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "modules": config.target_modules or [],
+        "parameters": config.target_parameters or [],
+        "replaced": config.modules_to_save or [],
+        "peft": config.peft_version,
+        "tensors": len(adapter.tensors),
+        "bytes": adapter.nbytes,
+    }
+    if as_json:
+        print_json("show", data)
+        return
+    shown = {**data, "bytes": format_size(adapter.nbytes)}
+    rows = [[name, _listed(v)] for name, v in shown.items() if name != "kind" and v not in (None, [])]
+    print_table(f"{files.label}: an adapter", ["", ""], rows)
+    hint(f"moemerge show BASE+{files.label} tells what it makes of its base")
+
+
+def _listed(value: object) -> object:
+    return ", ".join(sorted(map(str, value))) if isinstance(value, list) else value
 
 
 def _show_variant(model: "OpenedModel", *, as_json: bool) -> None:
@@ -185,6 +226,7 @@ def _show_bundle(bundle: "Bundle", *, as_json: bool) -> None:
         "slots_per_layer": manifest.num_slots,
         "pool_experts": [layer.num_experts for layer in manifest.layers],
         "pool_bytes": manifest.pool_bytes,
+        "residual_bytes": manifest.residual_bytes,
         "bytes_ratio": manifest.bytes_ratio,
         "policy": manifest.provenance.policy,
         "budget": manifest.provenance.budget,
@@ -194,11 +236,12 @@ def _show_bundle(bundle: "Bundle", *, as_json: bool) -> None:
         print_json("show", data)
         return
     slots = len(manifest.layers) * manifest.num_slots
+    residuals = f", residuals {format_size(manifest.residual_bytes)}" if manifest.residual_bytes else ""
     typer.echo(
         f"{bundle.folder}: {manifest.family}, {len(variants)} variants, {len(manifest.layers)} layers of "
         f"{manifest.num_slots} slots\n"
-        f"pool {format_size(manifest.pool_bytes)}, {manifest.bytes_ratio:.3f} x one variant's experts "
-        f"(budget {manifest.provenance.budget}, policy {manifest.provenance.policy})"
+        f"pool {format_size(manifest.pool_bytes)}{residuals}: {manifest.bytes_ratio:.3f} x one variant's "
+        f"experts (budget {manifest.provenance.budget}, policy {manifest.provenance.policy})"
     )
     rows = [
         [

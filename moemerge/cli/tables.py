@@ -7,7 +7,7 @@ import typer
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under headings; columns whose cells are all numbers are aligned right."""
+    """Print rows under headings, if there are any; columns of numbers alone are aligned right."""
     cells = [[_text(value) for value in row] for row in rows]
     if sys.stdout.isatty():
         _print_rich(title, columns, cells)
@@ -15,7 +15,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
     right = [all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
     typer.echo(title)
-    for row in [list(columns), *cells]:
+    for row in [list(columns), *cells] if any(columns) else cells:
         line = "  ".join(
             cell.rjust(width) if to_right else cell.ljust(width)
             for cell, width, to_right in zip(row, widths, right, strict=True)
@@ -29,6 +29,7 @@ def _print_rich(title: str, columns: Sequence[str], cells: list[list[str]]) -> N
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.show_header = any(columns)
     for index, column in enumerate(columns):
         numbers = all(_is_number(row[index]) for row in cells)
         table.add_column(column, justify="right" if numbers else "left")

@@ -142,7 +142,7 @@ class Evidence:
         for name, seen in statistics.items():
             if slots := unreached(seen):
                 logger.warning(
-                    "variant %s, layer %d: text hardly reaches slots %s; the most used one stands in",
+                    "variant %s, layer %d: text hardly reaches slot %s; the most used one stands in",
                     name,
                     similarity.layer,
                     ", ".join(map(str, slots)),

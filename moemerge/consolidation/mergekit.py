@@ -9,7 +9,7 @@ from moemerge.consolidation.recipe import read_yaml
 from moemerge.errors import Finding, InvalidRecipe, list_findings
 
 _UNDERSTOOD = {"models", "slices", "modules", "base_model"}
-_MODEL_KEYS = {"model", "path", "revision"}
+_PATH_KEYS = {"path", "revision"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ def read_mergekit(path: Path) -> MergekitModels:
 
     Raises:
         NotFound: No such file.
-        InvalidRecipe: Not such a file, one that builds a mixture of dense models, or with adapters.
+        InvalidRecipe: Not such a file, or one that builds a mixture of dense models.
     """
     raw = read_yaml(path)
     if "experts" in raw:
@@ -67,19 +67,31 @@ def _list(value: Any) -> list[Any]:
 
 
 def _reference(value: Any, path: Path, findings: list[Finding]) -> str | None:
-    """`path@revision` of a model in either of mergekit's spellings; what is not one becomes a finding."""
+    """A model in any of mergekit's spellings, as `path@revision` or with an adapter as `path+path`.
+
+    What is not one becomes a finding.
+    """
     if value is None:
         return None
-    if isinstance(value, dict) and isinstance(value.get("model"), dict):
-        inner: dict[str, Any] = value["model"]
-        value = {**inner, **{key: item for key, item in value.items() if key != "model"}}
-    if isinstance(value, dict) and isinstance(value.get("path"), str) and value.keys() <= _MODEL_KEYS:
-        revision = value.get("revision")
-        value = f"{value['path']}@{revision}" if revision else value["path"]
-    if isinstance(value, str) and value and "+" not in value:
-        return value
-    is_adapter = isinstance(value, str) or (isinstance(value, dict) and "lora" in value)
-    fix = "Merge adapters into their model first and give the result" if is_adapter else ""
-    found = f"{value!r} has an adapter" if is_adapter else f"{value!r} is not a model"
-    findings.append(Finding(level="error", code="MERGEKIT", where=str(path), found=found, fix=fix))
+    halves = [value]
+    if isinstance(value, dict) and ("lora" in value or isinstance(value.get("model"), dict)):
+        halves = [value.get("model"), *([value["lora"]] if value.get("lora") else [])]
+    if all(map(_is_path, halves)) and (halves == [value] or value.keys() <= {"model", "lora"}):
+        return "+".join(map(_path, halves))
+    findings.append(
+        Finding(level="error", code="MERGEKIT", where=str(path), found=f"{value!r} is not a model")
+    )
     return None
+
+
+def _is_path(value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value.get("path"), str) and value.keys() <= _PATH_KEYS
+    return isinstance(value, str) and bool(value)
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    revision = value.get("revision")
+    return f"{value['path']}@{revision}" if revision else str(value["path"])

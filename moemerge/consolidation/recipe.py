@@ -20,7 +20,7 @@ from moemerge.consolidation.planning import PlanOptions
 from moemerge.consolidation.quality import RepairOptions
 from moemerge.consolidation.task import EvidenceOptions, Limits, MergeTask, options_of
 from moemerge.errors import Finding, InvalidRecipe, MoemergeError, NotFound, list_findings
-from moemerge.refs import check_variant_name, parse_repository, parse_source
+from moemerge.refs import check_variant_name, parse_repository, parse_source, split_adapted
 
 SCHEMA = "moemerge/recipe@1"
 KINDS: dict[str, type] = {
@@ -213,7 +213,7 @@ def _check_variants(raw: Any, path: Path) -> list[Finding]:
         findings += _problem(where, check_variant_name, str(name), taken)
         taken.add(str(name))
         if isinstance(reference, str):
-            findings += _problem(where, parse_source, _from_folder(reference, path))
+            findings += _problem(where, _parse_from, reference, path)
         else:
             findings.append(_error(where, f"{name} is {reference!r}", expected="a reference"))
     return findings
@@ -222,7 +222,7 @@ def _check_variants(raw: Any, path: Path) -> list[Finding]:
 def _check_values(raw: Any, path: Path) -> list[Finding]:
     checks: dict[str, Callable[[Any], object]] = {
         "schema": _check_schema,
-        "base": lambda reference: parse_source(_from_folder(reference, path)),
+        "base": lambda reference: _parse_from(reference, path),
         "budget": parse_budget,
         "max_ram": parse_size,
         "fit": parse_size,
@@ -272,8 +272,14 @@ def _where(path: Path, mapping: Any, key: object) -> str:
     return f"{path}, line {position[0] + 1}" if position else str(path)
 
 
+def _parse_from(reference: str, path: Path) -> None:
+    parse_source(_from_folder(reference, path))
+
+
 def _from_folder(reference: str, path: Path) -> str:
     """The reference, a relative folder counted from the recipe's folder wherever the program runs."""
+    if halves := split_adapted(reference, path.parent):
+        return "+".join(_from_folder(half, path) for half in halves)
     if not reference.strip() or reference.startswith(("/", "~", "hf://")):
         return reference
     try:

@@ -55,6 +55,7 @@ class Staging:
         outcome = {"files": files, "result": result or {}}
         self._append({"step": step, **outcome})
         self._steps[step] = outcome
+        logger.debug("%s: %s is done", self.folder, step)
 
     def finished_bytes(self) -> int:
         """Bytes of the files of finished steps."""

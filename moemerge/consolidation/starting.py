@@ -8,9 +8,17 @@ from pathlib import Path
 from moemerge.consolidation.budget import parse_budget
 from moemerge.consolidation.recipe import SCHEMA
 from moemerge.errors import InvalidRecipe, NotFound
-from moemerge.refs import VARIANT_NAME, FolderRef, check_variant_name, parse_source
+from moemerge.refs import (
+    VARIANT_NAME,
+    AdaptedRef,
+    FolderRef,
+    RepositoryRef,
+    check_variant_name,
+    parse_source,
+    split_adapted,
+)
 
-_PLAIN = re.compile(r"[A-Za-z0-9./~_][\w./@~-]*")
+_PLAIN = re.compile(r"[A-Za-z0-9./~_][\w./@~+-]*")
 _LONGEST = 60
 
 
@@ -85,7 +93,8 @@ def draft_recipe(
 
 
 def _free_name(reference: str, taken: dict[str, str]) -> str:
-    """A variant name that nobody has, from the last step of a reference."""
+    """A variant name that nobody has, from the last step of a reference; an adapter gives its own."""
+    _, reference = split_adapted(reference) or ("", reference)
     last = re.split(r"[\\/]", reference.partition("@")[0].rstrip("\\/"))[-1]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_")[:_LONGEST] or "variant"
     lower = {name.lower() for name in taken}
@@ -98,14 +107,19 @@ def _free_name(reference: str, taken: dict[str, str]) -> str:
 def _place(reference: str, folder: Path) -> str:
     """The reference as a recipe in `folder` writes it."""
     ref = parse_source(reference)
+    halves = (ref.base, ref.adapter) if isinstance(ref, AdaptedRef) else (ref,)
+    return _quoted("+".join(_seen_from(half, folder) for half in halves))
+
+
+def _seen_from(ref: RepositoryRef, folder: Path) -> str:
     if not isinstance(ref, FolderRef):
-        return _quoted(str(ref))
+        return str(ref)
     if not ref.path.is_dir():
         raise NotFound(f"{ref.path}: no such folder")
     if ref.path.is_absolute():
-        return _quoted(str(ref.path))
+        return str(ref.path)
     relative = Path(os.path.relpath(ref.path, folder)).as_posix()
-    return _quoted(relative if relative.startswith(".") else f"./{relative}")
+    return relative if relative.startswith(".") else f"./{relative}"
 
 
 def _quoted(text: str) -> str:

@@ -1,5 +1,6 @@
 """What an engine holds in device memory, and how that is divided between residents, cache and pool."""
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from moemerge.runner.options import (
 from moemerge.runner.pool import load_pool, pool_bytes
 from moemerge.runner.weights import WeightStore
 
+logger = logging.getLogger(__name__)
 _CACHE_SHARE = 1 / 8
 """Of the memory there is, what the key/value cache takes when nothing is said."""
 _CUDA_SHARE = 0.9
@@ -118,6 +120,7 @@ class DeviceMemory:
             options, bundle, self.store, geometry,
             resident=self._limit, variants=variants, context_tokens=longest,
         )  # fmt: skip
+        logger.debug("computes in %s on %s; %s", self.dtype, self.device, plan)
         self._resident_bytes = plan.resident_bytes
         self.blocks = BlockPool(plan.num_blocks, options.block_tokens)
         self.pool = load_pool(

@@ -102,7 +102,7 @@ def test_mergekit_configurations_give_models_and_base(form, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("models: [{model: org/a+org/lora}, {model: {model: {path: org/b}, lora: org/c}}]", "adapter"),
+        ("models: [{model: {model: {path: org/b}, lora: 3}}]", "is not a model"),
         ("models: [{model: 3}]", "is not a model"),
         ("base_model: org/a\nexperts: [{source_model: org/b}]", "mixture of dense models"),
         ("merge_method: ties", "names no models"),

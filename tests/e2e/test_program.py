@@ -71,7 +71,7 @@ def test_stopped_merge_says_in_json_how_to_continue(number, code, tmp_path):
 
 
 def test_bug_shows_its_traceback_and_is_told_in_json(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr("moemerge.checkpoint.checkpoint.open_checkpoint", lambda repository: 1 / 0)
+    monkeypatch.setattr("moemerge.cli.show._show_checkpoint", lambda checkpoint, *, as_json: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         app.main(["show", str(checkpoint), "--json"])
     envelope = json.loads(capsys.readouterr().out)

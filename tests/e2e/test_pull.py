@@ -434,17 +434,15 @@ def test_pickles_of_a_hub_repository_are_pulled_and_converted_when_allowed(serve
     with pytest.raises(UnsupportedCheckpoint, match=r"lab/pickled@\w+: weights are pickles .*--allow-pickle"):
         open_variants({"a": HubRef("lab/pickled")})
     assert not any(server.sent[f"lab/pickled/{path.name}"] for path in folder.glob("*.bin"))
-    opened = open_variants(
-        {"a": HubRef("lab/pickled")}, allow_pickle=True, pickle_cache=tmp_path / "converted"
-    )
+    opened = open_variants({"a": HubRef("lab/pickled")}, allow_pickle=True, cache=tmp_path / "converted")
     plain = write_checkpoint(tmp_path / "plain")
-    assert read_canonical(next((tmp_path / "converted").glob("*/config.json")).parent).keys() == (
+    assert read_canonical(next((tmp_path / "converted").glob("*/*/config.json")).parent).keys() == (
         read_canonical(plain).keys()
     )
     assert opened.first.is_local
     server.requests.clear()
     again = open_variants(
-        {"a": HubRef("lab/pickled")}, offline=True, allow_pickle=True, pickle_cache=tmp_path / "converted"
+        {"a": HubRef("lab/pickled")}, offline=True, allow_pickle=True, cache=tmp_path / "converted"
     )
     assert again.first.is_local
     assert server.requests == []
@@ -458,7 +456,7 @@ def test_pickles_are_not_fetched_when_another_source_is_refused(server, tmp_path
         open_variants(
             {"a": HubRef("lab/pickled"), "b": FolderRef(other)},
             allow_pickle=True,
-            pickle_cache=tmp_path / "converted",
+            cache=tmp_path / "converted",
         )
     assert not server.sent["lab/pickled/pytorch_model.bin"]
 

@@ -6,6 +6,7 @@ import pytest
 
 from moemerge.errors import InvalidRecipe
 from moemerge.refs import (
+    AdaptedRef,
     ExpertRef,
     FolderRef,
     HubRef,
@@ -13,6 +14,7 @@ from moemerge.refs import (
     check_variant_name,
     parse_model,
     parse_named_sources,
+    parse_repositories,
     parse_source,
 )
 
@@ -112,3 +114,39 @@ def test_variant_of_a_bundle_is_told_from_other_references(tmp_path):
     assert parse_model("C:\\models\\base") == FolderRef(Path("C:\\models\\base"))
     (tmp_path / "odd:name").mkdir()
     assert parse_model("odd:name") == FolderRef(Path("odd:name"))
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "adapter"),
+    [
+        ("org/base+org/lora", HubRef("org/base"), HubRef("org/lora")),
+        ("org/base@v1+hf://org/lora@v2", HubRef("org/base", "v1"), HubRef("org/lora", "v2")),
+        ("./base+org/lora", FolderRef(Path("base")), HubRef("org/lora")),
+        ("org/base+~/lora", HubRef("org/base"), FolderRef(Path.home() / "lora")),
+        ("/a/base+/a/lora", FolderRef(Path("/a/base")), FolderRef(Path("/a/lora"))),
+    ],
+)
+def test_base_and_adapter(text, base, adapter):
+    assert parse_source(text) == AdaptedRef(base, adapter)
+    assert parse_model(text) == AdaptedRef(base, adapter)
+
+
+def test_folder_may_have_a_plus_in_its_name(tmp_path):
+    (tmp_path / "c++").mkdir()
+    assert parse_source("./c++") == FolderRef(Path("c++"))
+    assert parse_source("./c+++org/lora") == AdaptedRef(FolderRef(Path("c++")), HubRef("org/lora"))
+    with pytest.raises(InvalidRecipe, match="several plus signs"):
+        parse_source("./d+++org/lora")
+
+
+@pytest.mark.parametrize("text", ["+org/lora", "org/base+", "+"])
+def test_half_that_is_missing_is_told(text):
+    with pytest.raises(InvalidRecipe, match=r"lacks a half of BASE\+ADAPTER"):
+        parse_source(text)
+
+
+def test_repositories_of_a_pull():
+    assert parse_repositories("org/base@v1+org/lora") == [HubRef("org/base", "v1"), HubRef("org/lora")]
+    assert parse_repositories("org/base") == [HubRef("org/base")]
+    with pytest.raises(InvalidRecipe, match="not of the form"):
+        parse_repositories("org/base+./lora")

@@ -9,7 +9,8 @@ from collections import namedtuple
 import pytest
 import torch
 
-from moemerge.checkpoint.pickles import convert_pickles, default_cache, load_pickle
+from moemerge.checkpoint.conversions import default_cache
+from moemerge.checkpoint.pickles import convert_pickles, load_pickle
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.checkpoint.variants import open_variants
 from moemerge.errors import DamagedInput, MissingTensors, NotEnoughRoom, UnsupportedCheckpoint
@@ -63,7 +64,7 @@ def test_switch_pickle_with_four_tied_names_is_the_variant_of_the_file_with_one(
         tmp_path / "pickled", "switch_transformers", weights="pickle", tied_copies=True
     )
     opened = open_variants(
-        {"plain": FolderRef(plain), "pickled": FolderRef(pickled)}, allow_pickle=True, pickle_cache=cache
+        {"plain": FolderRef(plain), "pickled": FolderRef(pickled)}, allow_pickle=True, cache=cache
     )
     one, four = opened.variants.values()
     assert one.tensors.keys() == four.tensors.keys()
@@ -180,7 +181,7 @@ def test_without_permission_nothing_is_opened(tmp_path, cache, monkeypatch):
     pickled = write_checkpoint(tmp_path / "pickled", weights="pickle")
     monkeypatch.setattr(torch, "load", None)
     with pytest.raises(UnsupportedCheckpoint, match=r"pickles \(pytorch_model.bin\).*--allow-pickle"):
-        open_variants({"a": FolderRef(pickled)}, pickle_cache=cache)
+        open_variants({"a": FolderRef(pickled)}, cache=cache)
     assert not cache.exists()
 
 
@@ -193,7 +194,7 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, cache, archive):
     with pytest.raises(
         UnsupportedCheckpoint, match=r"pytorch_model.bin: refused: .*nothing of it was run"
     ) as caught:
-        open_variants({"a": FolderRef(pickled)}, allow_pickle=True, pickle_cache=cache)
+        open_variants({"a": FolderRef(pickled)}, allow_pickle=True, cache=cache)
     assert "mkdir" in str(caught.value)
     assert not mark.exists()
     pickle.loads(pickle.dumps(Malicious(mark)))
@@ -272,7 +273,7 @@ def test_files_of_old_torch_are_read(tmp_path, cache):
 
 def test_conversions_live_in_the_cache_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "moemerge" / "pickles"
+    assert default_cache() == tmp_path / "moemerge"
 
 
 def test_flipped_byte_of_a_stored_tensor_is_another_checkpoint(tmp_path, cache):

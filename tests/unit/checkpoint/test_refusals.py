@@ -112,7 +112,7 @@ def test_adapter_names_its_base(folder, with_config):
         (folder / "config.json").unlink()
     message = refusal(folder)
     assert "adapter_config.json says that this is an adapter of org/base" in message
-    assert "Merge it into them first" in message
+    assert f"Write BASE+{folder} to apply it" in message
 
 
 def test_weights_without_config(folder):
