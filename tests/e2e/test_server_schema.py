@@ -28,7 +28,7 @@ def test_nothing_that_the_description_suggests_breaks_the_server(tmp_path):
         done = subprocess.run(
             [
                 Path(sys.executable).parent / "schemathesis", "run", f"{served.url}/openapi.json",
-                "--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing", "--max-examples", "12",
+                "--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing", "--max-examples", "20",
                 "--exclude-method", "DELETE", "--seed", "1", "--no-shrink", "--continue-on-failure",
                 "--warnings", "off",
             ],
