@@ -51,6 +51,8 @@ TINY: Settings = {
     "position_max_distance": 32,
     "max_positions": 128,
     "rope_theta": 10000.0,
+    "rope_base_length": 64,
+    "rope_trained_length": 128,
     "vocab_size": 64,
 }
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -65,6 +67,7 @@ _CLASSES = {
     "switch_transformers": "SwitchTransformersForConditionalGeneration",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "telechat": "TelechatForCausalLM",
 }
 _DRAWN_ROWS = 512
 
@@ -87,13 +90,14 @@ def write_checkpoint(
     generation: str = "5",
     settings: Settings | None = None,
     config: dict[str, Any] | None = None,
+    prefixed: bool = True,
     side_files: bool = True,
 ) -> Path:
     """Write one checkpoint into `folder`, which is created.
 
     Args:
         folder: Where to.
-        family: Its `model_type`; taken from `base` when there is one.
+        family: Its name; taken from `base` when there is one.
         seed: Of weights, or of the noise when `base` is given.
         base: Folder of a checkpoint to be a fine-tune of; settings, dtype and vocabulary follow it.
         noise: Size of the difference to `base`, relative to each tensor's standard deviation.
@@ -108,6 +112,7 @@ def write_checkpoint(
         generation: `4` or `5`, the major version of transformers whose config keys are written.
         settings: Canonical settings that replace the tiny ones.
         config: Keys put into `config.json` as they are; None removes one.
+        prefixed: Whether names have the prefix that their family may leave out.
         side_files: Whether to write tokenizer, generation config, template, licence and model card.
     """
     tensors: dict[str, Tensor] | None = None
@@ -118,7 +123,8 @@ def write_checkpoint(
         tied = bool(inherited["tied_head"]) if tied is None else tied
     description = load_families()[family]
     values = _tiny_settings(description, {**inherited, **(settings or {})}, vocab)
-    values["tied_head"] = bool(description.settings["tied_head"].default) if tied is None else tied
+    if tied is not None:
+        values["tied_head"] = tied
     dtype = dtype or "BF16"
     drawn = _draw_weights(description, values, seed)
     if tensors is not None:
@@ -126,6 +132,8 @@ def write_checkpoint(
     named = _name_tensors(description, values, drawn, layout, DTYPES[dtype])
     if tied_copies:
         named |= _tied_copies(description, values, named)
+    if not prefixed:
+        named = {name.removeprefix(description.optional_prefix): tensor for name, tensor in named.items()}
     folder.mkdir(parents=True, exist_ok=True)
     written = _config(description, values, dtype, generation)
     written.update(config or {})
@@ -236,7 +244,7 @@ def read_canonical(folder: Path) -> dict[str, Tensor]:
 def _read_canonical(folder: Path) -> tuple[str, Settings, dict[str, Tensor], str]:
     checkpoint = open_checkpoint(LocalFolder(folder))
     return (
-        checkpoint.family.model_type,
+        checkpoint.family.name,
         checkpoint.settings,
         read_canonical(folder),
         next(iter(checkpoint.dtype_bytes())),
@@ -250,7 +258,8 @@ def _tiny_settings(family: Family, overrides: Settings, vocab: int | None) -> Se
         if isinstance(rule.allowed, list) and choice not in rule.allowed:
             choice = rule.default
         if choice is None and rule.default_from:
-            choice = values[rule.default_from[0]]
+            first, *divisor = (int(values[source]) for source in rule.default_from)
+            choice = first // divisor[0] if divisor else first
         values[name] = overrides.get(name, choice)
     if vocab is not None:
         values["vocab_size"] = vocab

@@ -212,7 +212,7 @@ def _plan_shared(variants: VariantSet) -> ConsolidationPlan:
     ]
     return ConsolidationPlan(
         schema="moemerge/plan@2",
-        family=first.family.model_type,
+        family=first.family.name,
         budget="1x",
         policy="generated",
         within=False,

@@ -240,7 +240,7 @@ def _diff_files(first: dict[str, Path], second: dict[str, Path]) -> dict[str, St
 
 
 def _require_one_family(first: OpenedModel, second: OpenedModel) -> None:
-    ours, theirs = first.family.model_type, second.family.model_type
+    ours, theirs = first.family.name, second.family.name
     if ours != theirs:
         finding = Finding(
             level="error", code="FAMILY_DIFFERS", where=second.label, found=theirs, expected=ours

@@ -251,7 +251,7 @@ def layer_file(layer_index: int) -> str:
 def _open_index(folder: Path, first: Checkpoint) -> CalibrationIndex:
     """The index that is there, or one without variants."""
     index = CalibrationIndex(
-        family=first.family.model_type,
+        family=first.family.name,
         num_slots=first.num_experts,
         hidden_size=int(first.settings["hidden_size"] or 0),
         layers=[layer.index for layer in first.routed_layers],

@@ -5,15 +5,21 @@ Opened from headers alone, so all of this works before weights are downloaded.
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint.family import Family, RoutedLayer, Settings, effective_step, find_family
+from moemerge.checkpoint.family import Family, RoutedLayer, Settings, choose_family, effective_step
 from moemerge.checkpoint.headers import FLOAT_DTYPES, StoredTensor
 from moemerge.checkpoint.match import MatchedTensors, match_tensors
 from moemerge.checkpoint.repository import LocalFolder, Repository, read_json
 from moemerge.checkpoint.settings import read_settings
-from moemerge.checkpoint.weights import find_quantised, read_weight_headers, refuse_adapter
+from moemerge.checkpoint.weights import (
+    find_quantised,
+    read_tensor_names,
+    read_weight_headers,
+    refuse_adapter,
+)
 from moemerge.errors import Finding, UnsupportedCheckpoint, raise_findings
 
 logger = logging.getLogger(__name__)
@@ -148,7 +154,7 @@ def open_checkpoint(repository: Repository) -> Checkpoint:
     findings += _check_dtypes(matched, repository.label)
     findings += _check_sparse_steps(family, settings, config, where)
     findings += _check_choice(settings, where)
-    raise_findings(findings, f"{repository.label} does not match family {family.model_type}")
+    raise_findings(findings, f"{repository.label} does not match family {family.name}")
     logger.debug("%s: %s, %d tensors in %s", repository.label, family.title, len(stored), matched.layout)
     return Checkpoint(
         label=repository.label,
@@ -176,8 +182,9 @@ def read_config(repository: Repository) -> tuple[dict[str, Any], Family, Setting
     config = read_json(repository, "config.json")
     where = f"{repository.label}/config.json"
     _refuse_quantised(config, repository)
-    family = find_family(config.get("model_type"), where)
-    settings, findings = read_settings(config, family, where)
+    names = cache(partial(read_tensor_names, repository))
+    family = choose_family(config.get("model_type"), names, where)
+    settings, findings = read_settings(config, family, where, names)
     raise_findings(findings, f"{repository.label} cannot be read as {family.title}")
     return config, family, settings, findings
 

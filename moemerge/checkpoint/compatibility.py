@@ -20,7 +20,7 @@ def compare_variants(variants: dict[str, Checkpoint]) -> list[Finding]:
     for name in names[1:]:
         other = variants[name]
         findings += compare_with(name, other, first_name, first.family, first.settings)
-        if other.family.model_type == first.family.model_type:
+        if other.family.name == first.family.name:
             findings += _compare_dtypes(name, other, first_name, first)
     findings += _find_repeated(variants)
     return findings
@@ -30,8 +30,8 @@ def compare_with(
     name: str, other: Checkpoint, first_name: str, family: Family, settings: Settings
 ) -> list[Finding]:
     """What differs between a checkpoint and a variant of which family and settings are known."""
-    if other.family.model_type != family.model_type:
-        return [_differs("error", name, "family", other.family.model_type, family.model_type, first_name)]
+    if other.family.name != family.name:
+        return [_differs("error", name, "family", other.family.name, family.name, first_name)]
     findings = []
     for setting, rule in family.settings.items():
         ours, theirs = settings[setting], other.settings[setting]

@@ -88,3 +88,18 @@ class ExpertRule(Described):
 
     parts: dict[str, list[str]]
     layouts: list[ExpertLayout]
+
+    def without_prefix(self, prefix: str) -> Self:
+        """The same with names that lack what they begin with."""
+        layouts = [
+            layout.model_copy(
+                update={
+                    "tensors": [
+                        tensor.model_copy(update={"name": tensor.name.removeprefix(prefix)})
+                        for tensor in layout.tensors
+                    ]
+                }
+            )
+            for layout in self.layouts
+        ]
+        return self.model_copy(update={"layouts": layouts})

@@ -5,12 +5,13 @@ model types; an `if model_type ==` anywhere else means that the description lack
 """
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moemerge.checkpoint.expert_layout import Described, ExpertRule, ExpertTensor
 from moemerge.errors import Finding, UnsupportedCheckpoint
@@ -27,6 +28,8 @@ class SettingRule(Described):
         default: Value of the reference implementation's class when no key is present.
         optional: Whether there may be none; where there is a default, null says so.
         default_from: Setting to copy, or numerator and denominator settings.
+        default_if: By name of a truth value read before: the default where that is true.
+        from_names: Without a key, so many experts as tensor names count.
         allowed: Values moemerge computes; a mapping also renames them, true and false by these names.
         may_be_zero: Whether a number 0 means something.
         variants: `equal` must agree between variants, `warn` and `free` may differ.
@@ -37,6 +40,8 @@ class SettingRule(Described):
     symbol: str | None = None
     default: Setting = None
     default_from: list[str] | None = None
+    default_if: dict[str, Setting] | None = None
+    from_names: bool = False
     optional: bool = False
     may_be_zero: bool = False
     allowed: list[Setting] | dict[str, str] | None = None
@@ -97,12 +102,17 @@ class RoutedLayer(Described):
 class Family(Described):
     """An architecture described once.
 
+    Families that share a `model_type` have a `name` each, and `told_by`, a piece of tensor names that only
+    that one has. Names that begin with `optional_prefix` may lack it in a checkpoint, all of them alike.
     `parity` is the largest difference of logits from those of the reference, in float32 on tiny random
     models, that the tests allow.
     """
 
     schema_: Literal["moemerge/family@1"] = Field(alias="schema")
     model_type: str
+    name: str
+    told_by: str = ""
+    optional_prefix: str = ""
     title: str
     reference: str
     parity: float
@@ -114,6 +124,11 @@ class Family(Described):
     experts: ExpertRule
     tied_copies: dict[str, str] = Field(default_factory=dict)
     dropped_tensors: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_named_by_its_model_type(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {"name": value.get("model_type"), **value}
 
     def symbols(self, settings: Settings) -> dict[str, int]:
         """Values of the shape letters."""
@@ -174,6 +189,32 @@ class Family(Described):
         """Shape of a part, from the settings."""
         return evaluate_shape(self.experts.parts[part], self.symbols(settings))
 
+    def as_named_in(self, names: Collection[str]) -> "Family":
+        """The same with the names that a checkpoint with these tensors has, with or without the prefix."""
+        prefix = self.optional_prefix
+        if not prefix or any(name.startswith(prefix) for name in names):
+            return self
+        tensors = [
+            pattern.model_copy(update={"names": [name.removeprefix(prefix) for name in pattern.names]})
+            for pattern in self.tensors
+        ]
+        return self.model_copy(update={"tensors": tensors, "experts": self.experts.without_prefix(prefix)})
+
+    def count_experts(self, names: Iterable[str]) -> int | None:
+        """Experts of a layer as tensor names count them; None where none does."""
+        templates = [
+            re.escape(tensor.name.removeprefix(self.optional_prefix))
+            .replace(re.escape("{layer}"), r"\d+")
+            .replace(re.escape("{expert}"), r"(\d{1,6})")
+            for layout in self.experts.layouts
+            for tensor in layout.tensors
+            if "{expert}" in tensor.name
+        ]
+        pattern = re.compile(rf"(?:{re.escape(self.optional_prefix)})?(?:{'|'.join(templates)})")
+        found = (pattern.fullmatch(name) for name in names) if templates else ()
+        numbers = [int(group) for match in found if match for group in match.groups() if group]
+        return max(numbers) + 1 if numbers else None
+
     def role_names(self, settings: Settings) -> dict[str, str]:
         """The exported tensor name of every role."""
         return {role: names[0] for role, names, _ in self.expected_tensors(settings)}
@@ -194,29 +235,61 @@ def evaluate_shape(shape: list[str], symbols: dict[str, int]) -> tuple[int, ...]
 
 @cache
 def load_families() -> dict[str, Family]:
-    """Every described family by its `model_type`."""
+    """Every described family by its name."""
     folder = resources.files("moemerge.checkpoint") / "families"
     families = {}
     for entry in sorted(folder.iterdir(), key=lambda item: item.name):
         if entry.name.endswith(".json"):
             family = Family.model_validate_json(entry.read_text(encoding="utf-8"))
-            families[family.model_type] = family
+            families[family.name] = family
     return families
 
 
-def find_family(model_type: object, where: str) -> Family:
-    """The family that `model_type` selects.
+def find_family(name: object, where: str) -> Family:
+    """The family of that name.
 
     Raises:
         UnsupportedCheckpoint: No description for it; the message lists those there are.
     """
     families = load_families()
-    if isinstance(model_type, str) and model_type in families:
-        return families[model_type]
-    known = ", ".join(families)
+    if isinstance(name, str) and name in families:
+        return families[name]
+    raise _unknown("family", name, where, families)
+
+
+def choose_family(model_type: object, names: Callable[[], Collection[str]], where: str) -> Family:
+    """The family of a checkpoint.
+
+    Args:
+        model_type: Of its `config.json`.
+        names: Of its tensors; asked for only where families share the `model_type`.
+        where: How messages name it.
+
+    Raises:
+        UnsupportedCheckpoint: No description for it, or names that tell several families, or none.
+    """
+    candidates = [family for family in load_families().values() if family.model_type == model_type]
+    if not candidates:
+        raise _unknown("model_type", model_type, where, {f.model_type: f for f in load_families().values()})
+    if len(candidates) == 1:
+        return candidates[0]
+    stored = names()
+    told = [family for family in candidates if any(family.told_by in name for name in stored)]
+    if len(told) == 1:
+        return told[0]
+    signs = ", ".join(f"{family.told_by} of {family.title}" for family in candidates)
+    found = f"tensor names with {'several' if told else 'none'} of {signs}"
     raise UnsupportedCheckpoint(
-        f"{where}: model_type {model_type!r} is not supported; supported are {known}",
-        [Finding(level="error", code="FAMILY_UNKNOWN", where=where, found=repr(model_type), expected=known)],
+        f"{where}: model_type {model_type!r} stands for several families; {found}, expected one",
+        [Finding(level="error", code="FAMILY_UNCLEAR", where=where, found=found, expected="one of them")],
+    )
+
+
+def _unknown(what: str, found: object, where: str, known: Iterable[str]) -> UnsupportedCheckpoint:
+    listed = ", ".join(known)
+    return UnsupportedCheckpoint(
+        f"{where}: {what} {found!r} is not supported; supported are {listed}",
+        [Finding(level="error", code="FAMILY_UNKNOWN", where=where, found=repr(found), expected=listed)],
     )
 
 

@@ -59,6 +59,7 @@ def match_tensors(
     Returns:
         Places, and an error finding for everything unknown, missing, ambiguous or of another shape.
     """
+    family = family.as_named_in(stored)
     matched = MatchedTensors(unplaced=dict(stored), where=where)
     known = _place_roles(matched, family, settings)
     known += _place_experts(matched, family, settings)
@@ -69,7 +70,7 @@ def match_tensors(
         rest = f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         matched.error(
             "TENSOR_UNKNOWN",
-            f"{len(names)} tensors are not part of family {family.model_type}: {shown}{rest}",
+            f"{len(names)} tensors are not part of family {family.name}: {shown}{rest}",
             fix="A tensor that is not understood would be lost; nothing is skipped quietly",
         )
     return matched

@@ -6,6 +6,7 @@ nobody described is refused when it could alter routing and is truthy.
 
 import re
 import textwrap
+from collections.abc import Callable, Collection
 from typing import Any
 
 from moemerge.checkpoint.family import Family, Setting, SettingRule, Settings, effective_step
@@ -33,13 +34,16 @@ _MOST_EXPERTS = 1_000_000
 _ALTERS_ROUTING = re.compile(r"rout|expert|moe|capacity|top_?k|gate|sparse", re.IGNORECASE)
 
 
-def read_settings(config: dict[str, Any], family: Family, where: str) -> tuple[Settings, list[Finding]]:
+def read_settings(
+    config: dict[str, Any], family: Family, where: str, names: Callable[[], Collection[str]] = tuple
+) -> tuple[Settings, list[Finding]]:
     """The family's settings as this config gives them, with everything found on the way.
 
     Args:
         config: Parsed `config.json`.
         family: Description to read it by.
         where: File name for findings.
+        names: Of the checkpoint's tensors; asked for only where a setting is counted from them.
 
     Returns:
         Settings by canonical name (complete even when there are errors, as far as possible), findings.
@@ -48,6 +52,8 @@ def read_settings(config: dict[str, Any], family: Family, where: str) -> tuple[S
     findings: list[Finding] = []
     for name, rule in family.settings.items():
         value, problems = _read_setting(config, name, rule, settings, where)
+        if problems and rule.from_names and (counted := family.count_experts(names())):
+            value, problems = counted, []
         settings[name] = value
         findings += problems
     for stack in family.stacks:
@@ -106,6 +112,9 @@ def _absent(name: str, rule: SettingRule, settings: Settings, where: str) -> tup
             return numbers[0], []
         if len(numbers) == 2 and numbers[1] > 0 and numbers[0] % numbers[1] == 0:
             return numbers[0] // numbers[1], []
+    for truth, default in (rule.default_if or {}).items():
+        if settings.get(truth):
+            return default, []
     if rule.default is not None:
         return _allowed(name, rule.default, rule, where)
     if rule.optional:
@@ -140,12 +149,12 @@ def _unknown_keys(config: dict[str, Any], family: Family, where: str) -> list[Fi
                     level="error",
                     code="CONFIG_UNKNOWN",
                     where=where,
-                    found=f"{key} = {value} is not part of {family.model_type} and may alter routing",
+                    found=f"{key} = {value} is not part of {family.name} and may alter routing",
                     fix="Remove the key if the model does not need it; custom model code is never run",
                 )
             )
         else:
-            found = f"{key} = {value} is not part of family {family.model_type}; ignored"
+            found = f"{key} = {value} is not part of family {family.name}; ignored"
             findings.append(Finding(level="note", code="CONFIG_UNKNOWN", where=where, found=found))
     return findings
 

@@ -14,7 +14,7 @@ from moemerge.checkpoint.pickles import convert_pickles
 from moemerge.checkpoint.repository import LocalFolder, Repository
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.ties import resolve_ties
-from moemerge.checkpoint.weights import has_only_pickles, is_adapter
+from moemerge.checkpoint.weights import PICKLE_INDEX, has_only_pickles, is_adapter
 from moemerge.errors import InvalidRecipe, UnsupportedCheckpoint
 from moemerge.progress import Progress
 from moemerge.refs import AdaptedRef, FolderRef, HubRef, RepositoryRef, SourceRef, parse_source
@@ -57,10 +57,12 @@ class Source:
         return [repository for repository in repositories if isinstance(repository, HubRepository)]
 
     def look(self) -> Checkpoint | None:
-        """The checkpoint from headers; None where only its configuration can be read and checked so far."""
+        """The checkpoint from headers; None where only its configuration, if that, can be checked so far."""
         if not self.needs_conversion:
             return self.open()
-        read_config(self.repository)
+        # A lone pickle tells its tensors, which may be what tells the family, only when it is opened.
+        if PICKLE_INDEX in self.repository.files():
+            read_config(self.repository)
         return None
 
     def open(self) -> Checkpoint:

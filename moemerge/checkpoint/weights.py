@@ -116,6 +116,18 @@ def read_weight_headers(repository: Repository) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_tensor_names(repository: Repository) -> set[str]:
+    """Names of all tensors: of an index, of pickles too, or else of headers.
+
+    Raises:
+        MoemergeError: As `read_weight_headers`.
+    """
+    files = repository.files()
+    if SINGLE not in files and INDEX not in files and PICKLE_INDEX in files:
+        return set(_weight_map(repository, PICKLE_INDEX))
+    return set(read_weight_headers(repository))
+
+
 def find_quantised(tensors: dict[str, StoredTensor], where: str) -> list[Finding]:
     """An error if names or dtypes tell that the weights are quantised."""
     signs = [name for name in tensors if _QUANTISED_NAMES.search(name)]

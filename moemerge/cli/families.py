@@ -18,8 +18,9 @@ def families(
 ) -> None:
     """List the supported families, or what one family's description says.
 
-    A family is chosen by model_type in config.json. Every tensor of a checkpoint must have one of the
-    names that its family lists; anything else is refused, so that nothing is lost quietly.
+    A family is chosen by model_type in config.json, and by tensor names where several share one. Every
+    tensor of a checkpoint must have one of the names that its family lists; anything else is refused, so
+    that nothing is lost quietly.
 
     Example: moemerge families mixtral
     """
@@ -42,12 +43,15 @@ def _list(found: "list[Family]", *, as_json: bool) -> None:
         print_json("families", {"families": [_summary(family) for family in found]})
         return
     rows = [[str(value) for value in _summary(family).values()] for family in found]
-    print_table("Supported families", ["model_type", "title", "arithmetic", "parity", "reference"], rows)
+    print_table(
+        "Supported families", ["name", "model_type", "title", "arithmetic", "parity", "reference"], rows
+    )
     typer.echo("Parity: largest difference of logits from the reference on tiny models, float32.")
 
 
 def _summary(family: "Family") -> dict[str, str | float]:
     return {
+        "name": family.name,
         "model_type": family.model_type,
         "title": family.title,
         "arithmetic": family.arithmetic.replace("_", "-"),
@@ -59,7 +63,7 @@ def _summary(family: "Family") -> dict[str, str | float]:
 def _describe(family: "Family") -> None:
     from moemerge.cli.tables import print_table
 
-    typer.echo(f"{family.title} ({family.model_type}), written from {family.reference}")
+    typer.echo(f"{family.title} ({family.name}), written from {family.reference}")
     typer.echo(f"Its logits differ by {family.parity:g} at most, in float32 on tiny models")
     rows = [[name, ", ".join(rule.keys) or "-", *_meaning(rule)] for name, rule in family.settings.items()]
     print_table("Settings", ["setting", "keys of config.json", "if absent", "allowed", "variants"], rows)

@@ -137,7 +137,7 @@ def _facts(model: "OpenedModel") -> dict[str, Any]:
     total = model.expert_bytes + model.other_bytes
     parameters, active = model.num_parameters()
     return {
-        "family": model.family.model_type,
+        "family": model.family.name,
         "layers": sum(1 for _ in model.family.stack_layers(model.settings)),
         "routed_layers": len(model.family.routed_layers(model.settings)),
         "experts_per_layer": model.num_experts,

@@ -259,7 +259,7 @@ def check_plan(plan: ConsolidationPlan, variants: VariantSet, reader: TensorRead
     first = variants.first
     indices = [layer.index for layer in first.routed_layers]
     found = (plan.family, plan.num_slots, [layer.index for layer in plan.layers])
-    if found != (first.family.model_type, first.num_experts, indices):
+    if found != (first.family.name, first.num_experts, indices):
         raise IncompatibleInputs(
             "the plan is for checkpoints of another family, with other layers or another number of experts"
         )
@@ -310,7 +310,7 @@ def _plan_of(
     """A plan for these variants, with fields of `ConsolidationPlan` that were decided."""
     return ConsolidationPlan(
         schema="moemerge/plan@2",
-        family=variants.first.family.model_type,
+        family=variants.first.family.name,
         budget=options.budget.text,
         policy=options.policy,
         within=options.within,

@@ -74,7 +74,7 @@ def similarity_index(layers: list[LayerSimilarity], variants: VariantSet) -> dic
     computed = list(layers[0].distances)
     return {
         "schema": SCHEMA,
-        "family": variants.first.family.model_type,
+        "family": variants.first.family.name,
         "variants": list(variants.variants),
         "has_base": variants.base is not None,
         "num_slots": layers[0].num_slots,

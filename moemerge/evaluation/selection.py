@@ -99,7 +99,7 @@ def _open_subject(subject: str, *, offline: bool, progress: Progress) -> Subject
 
 def _open(ref: SourceRef, offline: bool, progress: Progress, subject: Subject | None) -> Checkpoint:
     opened = open_variants({"it": ref}, offline=offline, progress=progress).first
-    if subject is not None and opened.family.model_type != subject.family.model_type:
+    if subject is not None and opened.family.name != subject.family.name:
         raise IncompatibleInputs(
             f"{opened.label} is a {opened.family.title}, what is measured a {subject.family.title}"
         )

@@ -27,6 +27,9 @@ class DecoderConfig:
         sliding_window: Positions that a token sees, itself included; None for all before it.
         has_qkv_bias: Whether queries, keys and values have biases.
         has_output_bias: Whether the attention's output has one.
+        has_fused_key_value: Whether the keys and the values of a head come of one matrix, in this order.
+        has_embedding_norm: Whether embeddings are normed before the first layer.
+        routes_in_float32: Whether routers compute in float32 whatever the rest does.
     """
 
     hidden_size: int
@@ -45,6 +48,9 @@ class DecoderConfig:
     sliding_window: int | None = None
     has_qkv_bias: bool = False
     has_output_bias: bool = False
+    has_fused_key_value: bool = False
+    has_embedding_norm: bool = False
+    routes_in_float32: bool = False
 
     def __post_init__(self) -> None:
         _require(self.num_heads % self.num_kv_heads == 0, "num_heads is no multiple of num_kv_heads")

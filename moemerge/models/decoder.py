@@ -43,6 +43,8 @@ class Decoder:
         """
         config = self.config
         hidden_TD = weights.embed("embedding", batch.token_ids_T)
+        if config.has_embedding_norm:
+            hidden_TD = weights.norm("embedding_norm", hidden_TD, config.norm_eps)
         tables = self._attention.tables(batch.positions_T, hidden_TD.dtype)
         granularity = 1 if keys is None else keys.granularity
         groups = plan_groups(
@@ -68,7 +70,8 @@ class Decoder:
         """Where a layer's router sends tokens, given what its experts are given."""
         if self.config.routing == Routing.ONE_EXPERT:
             return one_expert(normed_TD)
-        logits_TE = weights.linear(f"decoder.{layer_index}.router", normed_TD)
+        routed_TD = normed_TD.float() if self.config.routes_in_float32 else normed_TD
+        logits_TE = weights.linear(f"decoder.{layer_index}.router", routed_TD)
         return TOKEN_ROUTINGS[self.config.routing](logits_TE, self.config.num_experts_per_token)
 
     def _experts(self, layer_index: int, hidden_TD: Tensor, weights: Weights, experts: Experts) -> Tensor:

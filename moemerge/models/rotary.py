@@ -7,7 +7,7 @@ Shapes: T tokens, h head width.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ class RotaryKind(StrEnum):
     DEFAULT = "default"
     LINEAR = "linear"
     LLAMA3 = "llama3"
+    TRAINED_LENGTH = "trained_length"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,8 @@ class Rotary:
     rope_low_frequency_factor: float | None = None
     rope_high_frequency_factor: float | None = None
     rope_original_positions: int | None = None
+    rope_base_length: int | None = None
+    rope_trained_length: int | None = None
 
     def __post_init__(self) -> None:
         missing = [name for name in _NEEDED[self.rope_type] if getattr(self, name) is None]
@@ -59,6 +62,7 @@ _NEEDED = {
         "rope_high_frequency_factor",
         "rope_original_positions",
     ),
+    RotaryKind.TRAINED_LENGTH: ("rope_base_length", "rope_trained_length"),
 }
 
 
@@ -92,18 +96,34 @@ def llama3_frequencies(rotary: Rotary, head_size: int, device: torch.device) -> 
     return plain * (kept + (1 - kept) / rotary.number("rope_factor"))
 
 
+def trained_length_frequencies(rotary: Rotary, head_size: int, device: torch.device) -> Tensor:
+    """Those of a larger theta, which grows with how far training went beyond the length that theta is for.
+
+    Source: NTK-aware scaling in powers of two, as in the model code that the TeleChat series publishes; valid
+    up to the trained length, where its other factors are 1.
+    """
+    lengths = rotary.number("rope_trained_length") / rotary.number("rope_base_length")
+    alpha = max(2 ** math.ceil(math.log2(lengths) + 1) - 1, 1)
+    scaled = replace(rotary, rope_theta=rotary.rope_theta * alpha ** (head_size / (head_size - 2)))
+    return plain_frequencies(scaled, head_size, device)
+
+
 FREQUENCIES: Mapping[RotaryKind, Callable[[Rotary, int, torch.device], Tensor]] = {
     RotaryKind.DEFAULT: plain_frequencies,
     RotaryKind.LINEAR: linear_frequencies,
     RotaryKind.LLAMA3: llama3_frequencies,
+    RotaryKind.TRAINED_LENGTH: trained_length_frequencies,
 }
+ROUNDED = {RotaryKind.TRAINED_LENGTH: torch.float16}
+"""What the reference rounds its tables to, whatever it computes in."""
 
 
 def rotary_tables(positions_T: Tensor, head_size: int, rotary: Rotary, dtype: torch.dtype) -> RotaryTables:
-    """Tables for these positions, computed in float32 and cast once."""
+    """Tables for these positions, computed in float32, rounded where the reference does, and cast."""
     frequencies = FREQUENCIES[rotary.rope_type](rotary, head_size, positions_T.device)
     angles = positions_T.float()[:, None, None] * frequencies
-    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
+    rounded = ROUNDED.get(rotary.rope_type, dtype)
+    cosine, sine = angles.cos().to(rounded).to(dtype), angles.sin().to(rounded).to(dtype)
     return RotaryTables(torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1))
 
 

@@ -40,14 +40,24 @@ class GroupedAttention:
         """Output [T, D] of a layer's attention."""
         config = self._config
         role = f"decoder.{layer_index}.attention"
-        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
-        query = self._project(f"{role}.query", normed_TD, weights).view(-1, num_heads, config.head_size)
-        key = self._project(f"{role}.key", normed_TD, weights).view(-1, num_kv_heads, config.head_size)
-        value = self._project(f"{role}.value", normed_TD, weights).view(-1, num_kv_heads, config.head_size)
+        query = self._project(f"{role}.query", normed_TD, weights).view(
+            -1, config.num_heads, config.head_size
+        )
+        key, value = self._keys_and_values(role, normed_TD, weights)
         query, key = rotate(query, tables), rotate(key, tables)
         mixed_TD = attend(groups, layer_index, query, key, value, keys, self._scale)
         output_TD = weights.linear(f"{role}.output", mixed_TD)
         return weights.add(f"{role}.output.bias", output_TD) if config.has_output_bias else output_TD
+
+    def _keys_and_values(self, role: str, normed_TD: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        """[T, G, h] each."""
+        num_heads, head_size = self._config.num_kv_heads, self._config.head_size
+        if self._config.has_fused_key_value:
+            both = weights.linear(f"{role}.key_value", normed_TD).view(-1, num_heads, 2, head_size)
+            return both[:, :, 0], both[:, :, 1]
+        key = self._project(f"{role}.key", normed_TD, weights).view(-1, num_heads, head_size)
+        value = self._project(f"{role}.value", normed_TD, weights).view(-1, num_heads, head_size)
+        return key, value
 
     def _project(self, role: str, normed_TD: Tensor, weights: Weights) -> Tensor:
         projected = weights.linear(role, normed_TD)

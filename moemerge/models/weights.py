@@ -120,7 +120,7 @@ class MixedVariants:
         return runs
 
 
-_MULTIPLIED = ("query", "key", "value", "output", "wi", "wo", "gate", "up", "down")
+_MULTIPLIED = ("query", "key", "value", "key_value", "output", "wi", "wo", "gate", "up", "down")
 
 
 def is_only_multiplied(role: str) -> bool:

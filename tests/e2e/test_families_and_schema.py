@@ -24,7 +24,7 @@ def schema_of(name):
 
 def test_families_are_those_with_a_description():
     listed = call_program("families", "--json").envelope["data"]["families"]
-    assert [family["model_type"] for family in listed] == list(load_families())
+    assert [family["name"] for family in listed] == list(load_families())
     told = call_program("families").out
     assert all(family.title in told for family in load_families().values())
 

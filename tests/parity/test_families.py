@@ -1,8 +1,10 @@
 """Every family on tiny checkpoints: its forward pass, its layouts, and bundles of its variants.
 
-Checkpoints are written from the descriptions; transformers reads them and says what is right.
+Checkpoints are written from the descriptions; transformers reads them and says what is right, or a plain
+implementation for TeleChat, which it does not know.
 """
 
+import json
 import random
 
 import pytest
@@ -25,6 +27,7 @@ from moemerge.refs import FolderRef
 from moemerge.runner.request import Request
 from tests.bundles import open_engine, run
 from tests.factories import read_canonical, write_checkpoint, write_siblings
+from tests.parity.telechat_reference import TelechatReference
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -37,9 +40,19 @@ CASES = {
     "llama": [{}, LLAMA3, {"rope_type": "linear", "rope_factor": 4.0}, {"attention_bias": True}],
     "mistral": [{}, {"sliding_window": 5, "head_size": 12}],
     "mixtral": [{}, {"sliding_window": 5, "head_size": 12}],
+    "telechat": [
+        {"num_kv_heads": 4, "rope_base_length": None, "rope_trained_length": 8192},
+        {"tied_head": False, "num_kv_heads": 4, "rope_base_length": None, "rope_trained_length": 8192},
+        {"tied_head": False, "has_embedding_norm": True, "rope_theta": 500.0},
+        {"tied_head": False, "num_kv_heads": 1},
+    ],
+    "telechat_moe": [{"tied_head": False, "num_kv_heads": 4}],
 }
 """Settings that reach all that a description can say; keys of config.json that stand for several by name."""
-SEVERAL = {"attention_bias": ("has_qkv_bias", "has_output_bias")}
+SEVERAL = {
+    "attention_bias": ("has_qkv_bias", "has_output_bias"),
+    "rope_trained_length": ("rope_trained_length", "max_positions"),
+}
 FAMILIES = tuple(CASES)
 """Decoder-only; what is special about Switch has tests of its own."""
 LAYOUTS = [
@@ -59,6 +72,8 @@ def settings_of(case):
 
 
 def load_reference(folder):
+    if json.loads((folder / "config.json").read_text())["model_type"] == "telechat":
+        return TelechatReference(folder)
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
