@@ -35,6 +35,8 @@ from moemerge.checkpoint.tensors import TensorReader
 TINY: Settings = {
     "hidden_size": 32,
     "expert_size": 48,
+    "dense_size": 56,
+    "shared_size": 40,
     "num_layers": 2,
     "num_encoder_layers": 4,
     "num_decoder_layers": 4,
@@ -68,6 +70,10 @@ _CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "telechat": "TelechatForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
 }
 _DRAWN_ROWS = 512
 
@@ -376,7 +382,8 @@ def _config(family: Family, settings: Settings, dtype: str, generation: str) -> 
             continue
         if isinstance(rule.allowed, dict):
             value = next((key for key, renamed in rule.allowed.items() if renamed == value), value)
-            value = json.loads(value) if rule.kind == "boolean" and isinstance(value, str) else value
+        if isinstance(value, str) and (rule.kind == "boolean" or rule.is_list):
+            value = json.loads(value)
         if generation == "4" and name == "tied_head" and value == rule.default:
             continue
         _put(config, rule.keys, value, generation)

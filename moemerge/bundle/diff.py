@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moemerge.bundle.export import EffectivePart, Exported
-from moemerge.bundle.opened import OpenedModel, is_readable, shape_of
+from moemerge.bundle.opened import OpenedModel, is_readable
 from moemerge.checkpoint.family import Setting
 from moemerge.checkpoint.tensors import TensorReader, torch_dtype
 from moemerge.errors import Finding, IncompatibleInputs
@@ -176,7 +176,7 @@ def _compare(
     before: Exported, after: Exported, reader: TensorReader, *, numeric: bool
 ) -> tuple[Status, Difference | None]:
     """What became of a tensor that is in both; the difference only where it was measured."""
-    if shape_of(before) != shape_of(after):
+    if before.shape != after.shape:
         return Status.SHAPE, None
     if before == after:  # the very same bytes of a file
         return Status.EQUAL, None
@@ -213,7 +213,7 @@ def _pieces(tensor: Exported, reader: TensorReader) -> Iterator[Tensor]:
 
 
 def _form(tensor: Exported) -> str:
-    return f"{tensor.dtype} {'x'.join(map(str, shape_of(tensor)))}"
+    return f"{tensor.dtype} {'x'.join(map(str, tensor.shape))}"
 
 
 def _badness(tensor: TensorDifference) -> tuple[int, float]:

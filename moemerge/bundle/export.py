@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from moemerge.bundle.coded import StoredMatrix, StoredResidual, assemble, plain_parts
+from moemerge.bundle.joined import JoinedTensor, expert_tensors
 from moemerge.bundle.reader import Bundle
 from moemerge.bundle.target import building, check_target
 from moemerge.checkpoint.disk import check_disk
@@ -39,9 +40,14 @@ class EffectivePart:
     dtype: str
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+        return self.pool.shape
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the sum."""
-        return math.prod(self.pool.shape) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     def compute(self, reader: TensorReader) -> Tensor:
         """The sum."""
@@ -57,10 +63,11 @@ class EffectivePart:
                 raise DamagedBundle(f"{name}: what is stored for it gives NaN or infinity in {self.dtype}")
             yield bytes_of(value)
 
-        return TensorToWrite(name=name, dtype=self.dtype, shape=self.pool.shape, chunks=chunks)
+        return TensorToWrite(name=name, dtype=self.dtype, shape=self.shape, chunks=chunks)
 
 
 Exported = StoredTensor | EffectivePart
+Written = Exported | JoinedTensor
 
 
 def export_variant(
@@ -71,7 +78,7 @@ def export_variant(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write a variant with one tensor per expert and part, under the names its family exports.
+    """Write a variant in the first of its family's layouts, which transformers reads.
 
     Args:
         bundle: Where it is.
@@ -104,7 +111,7 @@ def export_variant(
     return sorted(path for path in target.iterdir())
 
 
-def exported_tensors(bundle: Bundle, variant: str) -> dict[str, Exported]:
+def exported_tensors(bundle: Bundle, variant: str) -> dict[str, Written]:
     """All tensors of a variant by exported name, layer by layer; as places where they are stored as they are.
 
     Raises:
@@ -112,13 +119,10 @@ def exported_tensors(bundle: Bundle, variant: str) -> dict[str, Exported]:
     """
     family, entry = bundle.family, bundle.variant(variant)
     names = family.role_names(entry.settings)
-    result: dict[str, Exported] = {names[role]: tensor for role, tensor in bundle.tensors(variant).items()}
-    layout = family.experts.layouts[0]
-    for layer in family.routed_layers(entry.settings):
-        for slot, parts in enumerate(effective_parts(bundle, variant, layer.index)):
-            for tensor in layout.tensors:
-                result[family.expert_tensor_name(tensor, layer, slot)] = parts[tensor.holds[0]]
-    return result
+    result: dict[str, Written] = {names[role]: tensor for role, tensor in bundle.tensors(variant).items()}
+    return result | expert_tensors(
+        family, entry.settings, lambda layer: effective_parts(bundle, variant, layer.index)
+    )
 
 
 def effective_parts(bundle: Bundle, variant: str, layer_index: int) -> list[dict[str, Exported]]:
@@ -139,8 +143,8 @@ def effective_parts(bundle: Bundle, variant: str, layer_index: int) -> list[dict
     return slots
 
 
-def _write_shards(folder: Path, tensors: dict[str, Exported], shard_bytes: int, report: Progress) -> None:
-    shards: list[dict[str, Exported]] = [{}]
+def _write_shards(folder: Path, tensors: dict[str, Written], shard_bytes: int, report: Progress) -> None:
+    shards: list[dict[str, Written]] = [{}]
     size = 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > shard_bytes:

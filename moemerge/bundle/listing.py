@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 from moemerge.bundle.export import exported_tensors
-from moemerge.bundle.opened import shape_of
 from moemerge.bundle.reader import is_bundle, open_bundle
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.variants import open_readable
@@ -49,7 +48,7 @@ def list_tensors(
             ListedTensor(
                 name=name,
                 dtype=tensor.dtype,
-                shape=shape_of(tensor),
+                shape=tensor.shape,
                 nbytes=tensor.nbytes,
                 file=tensor.path.name if isinstance(tensor, StoredTensor) else None,
             )

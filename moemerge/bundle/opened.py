@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from moemerge.bundle.export import EffectivePart, Exported, effective_parts
+from moemerge.bundle.export import Exported, effective_parts
 from moemerge.bundle.reader import Bundle, is_bundle, open_bundle
 from moemerge.checkpoint.checkpoint import EXPERTS, Checkpoint, expert_name
 from moemerge.checkpoint.conversions import default_cache
@@ -65,7 +65,7 @@ class OpenedModel:
         """All parameters, and those that one token uses."""
         counts = {True: 0, False: 0}
         for name, tensor in self.tensors.items():
-            counts[name.startswith(EXPERTS)] += math.prod(shape_of(tensor))
+            counts[name.startswith(EXPERTS)] += math.prod(tensor.shape)
         per_token = int(self.settings.get("num_experts_per_token") or 0)
         used = counts[True] * per_token // self.num_experts if self.num_experts else 0
         return counts[True] + counts[False], counts[False] + used
@@ -75,11 +75,6 @@ class OpenedModel:
         patterns = [pattern for pattern in self.family.tensors if pattern.tied_to]
         is_tied = bool(self.settings.get("tied_head"))
         return {pattern.role: str(pattern.tied_to) for pattern in patterns if is_tied}
-
-
-def shape_of(tensor: Exported) -> tuple[int, ...]:
-    """Sizes of a tensor."""
-    return tensor.pool.shape if isinstance(tensor, EffectivePart) else tensor.shape
 
 
 def open_models(

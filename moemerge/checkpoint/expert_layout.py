@@ -38,12 +38,25 @@ class ExpertTensor(Described):
     def _tells_experts_apart_once(self) -> Self:
         if "{expert}" in self.name and self.is_stacked:
             raise ValueError(f"{self.name}: experts are told apart by name and by axis")
+        if self.is_stacked and self.order[0] != "expert":
+            raise ValueError(f"{self.name}: axes begin with expert")
         return self
+
+    @property
+    def order(self) -> list[str]:
+        """What its entries are counted by, the slowest first."""
+        return [factor for axis in self.axes for factor in axis.split("*")]
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether it is one part of one expert, as all else takes it."""
+        inner = [factor for factor in self.order if factor in _PART_AXES]
+        return len(self.holds) == 1 and not self.is_stacked and inner == list(_PART_AXES[: len(inner)])
 
     @property
     def is_stacked(self) -> bool:
         """Whether the tensor holds all experts of a layer."""
-        return "expert" in self._order
+        return "expert" in self.order
 
     def shape(self, part_shape: tuple[int, ...], num_experts: int) -> tuple[int, ...]:
         """Shape on disk of a tensor whose parts have this shape."""
@@ -56,8 +69,8 @@ class ExpertTensor(Described):
         """Slot, part and place of all that the tensor holds; slot 0 where it holds one expert."""
         sizes = self._sizes(part_shape, num_experts)
         strides = {
-            factor: math.prod(sizes[later] for later in self._order[number + 1 :])
-            for number, factor in enumerate(self._order)
+            factor: math.prod(sizes[later] for later in self.order[number + 1 :])
+            for number, factor in enumerate(self.order)
         }
         inner = tuple(strides[axis] for axis in _PART_AXES[: len(part_shape)])
         for slot in range(num_experts if self.is_stacked else 1):
@@ -66,10 +79,6 @@ class ExpertTensor(Described):
                 name = f"{stored.name}[{slot}]" if self.is_stacked else stored.name
                 name += f".{part}" if len(self.holds) > 1 else ""
                 yield slot, part, stored.view(name, first, part_shape, inner)
-
-    @property
-    def _order(self) -> list[str]:
-        return [factor for axis in self.axes for factor in axis.split("*")]
 
     def _sizes(self, part_shape: tuple[int, ...], num_experts: int) -> dict[str, int]:
         inner = dict(zip(_PART_AXES, part_shape, strict=False))

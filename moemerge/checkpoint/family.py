@@ -4,6 +4,7 @@ A family is one JSON file beside this module. Only this module, those files and 
 model types; an `if model_type ==` anywhere else means that the description lacks a field.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -25,18 +26,20 @@ class SettingRule(Described):
 
     Attributes:
         keys: Aliases, dots for nesting; where two are present they must agree.
+        kind: Of the value in `config.json`; the setting of a list is its JSON text.
         default: Value of the reference implementation's class when no key is present.
         optional: Whether there may be none; where there is a default, null says so.
         default_from: Setting to copy, or numerator and denominator settings.
         default_if: By name of a truth value read before: the default where that is true.
         from_names: Without a key, so many experts as tensor names count.
-        allowed: Values moemerge computes; a mapping also renames them, true and false by these names.
+        allowed: Values, or entries of lists, that moemerge computes; a mapping also renames values, true and
+            false by these names.
         may_be_zero: Whether a number 0 means something.
         variants: `equal` must agree between variants, `warn` and `free` may differ.
     """
 
     keys: list[str]
-    kind: Literal["integer", "number", "string", "boolean"]
+    kind: Literal["integer", "number", "string", "boolean", "integers", "numbers", "strings"]
     symbol: str | None = None
     default: Setting = None
     default_from: list[str] | None = None
@@ -49,16 +52,32 @@ class SettingRule(Described):
 
     @property
     def value_kind(self) -> str:
-        """Kind of the setting itself; what a mapping gives is a string."""
-        return "string" if isinstance(self.allowed, dict) else self.kind
+        """Kind of the setting itself: what a mapping gives, and the text of a list, are strings."""
+        return "string" if isinstance(self.allowed, dict) or self.is_list else self.kind
+
+    @property
+    def is_list(self) -> bool:
+        """Whether `config.json` holds a list."""
+        return self.kind in ("integers", "numbers", "strings")
 
 
 class RoutedRule(Described):
-    """Which layers of a stack have experts: all, or index modulo a step equal to 1."""
+    """Which layers of a stack have experts.
 
-    rule: Literal["all", "step"]
+    Attributes:
+        rule: `all`; `step`, those whose index modulo a step is 1; `every`, the last of every so many;
+            `from`, those from an index on.
+        step: Setting that holds the step.
+        count: Setting that holds a number of layers, where no step is written.
+        first: Setting that holds the index of the first.
+        but: Setting that lists layers without experts all the same.
+    """
+
+    rule: Literal["all", "step", "every", "from"]
     step: str | None = None
     count: str | None = None
+    first: str | None = None
+    but: str | None = None
 
 
 class Stack(Described):
@@ -148,10 +167,15 @@ class Family(Described):
 
     def is_routed(self, stack: Stack, block: int, settings: Settings) -> bool:
         """Whether the settings give that layer experts."""
-        if stack.routed.rule == "all":
-            return True
+        rule = stack.routed
+        if rule.but and block in json.loads(str(settings[rule.but])):
+            return False
+        if rule.first:
+            return block >= int(settings[rule.first] or 0)
         step = effective_step(stack, settings)
-        return step == 1 or (step > 1 and block % step == 1)
+        if rule.rule == "every":
+            return step > 0 and (block + 1) % step == 0
+        return rule.rule == "all" or step == 1 or (step > 1 and block % step == 1)
 
     def routed_layers(self, settings: Settings) -> list[RoutedLayer]:
         """The layers with experts, in order."""

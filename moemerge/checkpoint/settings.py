@@ -4,6 +4,7 @@ Aliases must agree, absent keys take the reference implementation's class defaul
 nobody described is refused when it could alter routing and is truthy.
 """
 
+import json
 import re
 import textwrap
 from collections.abc import Callable, Collection
@@ -29,6 +30,7 @@ _BOOKKEEPING = frozenset(
     transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
+_LISTS = {"integers": "integer", "numbers": "number", "strings": "string"}
 _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 1_000_000
 _ALTERS_ROUTING = re.compile(r"rout|expert|moe|capacity|top_?k|gate|sparse", re.IGNORECASE)
@@ -123,11 +125,16 @@ def _absent(name: str, rule: SettingRule, settings: Settings, where: str) -> tup
 
 
 def _allowed(key: str, value: Any, rule: SettingRule, where: str) -> tuple[Setting, list[Finding]]:
+    if rule.is_list:
+        wrong = [entry for entry in value if rule.allowed is not None and entry not in rule.allowed]
+        if not wrong:
+            return json.dumps(value), []
+        value = wrong[0]
     if rule.allowed is None or (isinstance(rule.allowed, list) and value in rule.allowed):
         return value, []
     if isinstance(rule.allowed, dict) and (spelt := _spelt(value)) in rule.allowed:
         return rule.allowed[spelt], []
-    choices = ", ".join(repr(choice) for choice in rule.allowed)
+    choices = ", ".join(repr(choice) for choice in rule.allowed or ())
     return None, [_error("CONFIG_UNSUPPORTED", where, f"{key} = {value!r}", choices)]
 
 
@@ -174,6 +181,8 @@ def _is_null(config: dict[str, Any], key: str) -> bool:
 
 
 def _is_kind(value: Any, kind: str) -> bool:
+    if kind in _LISTS:
+        return isinstance(value, list) and all(_is_kind(entry, _LISTS[kind]) for entry in value)
     if kind == "boolean":
         return isinstance(value, bool)
     if kind == "string":
@@ -185,6 +194,8 @@ def _is_kind(value: Any, kind: str) -> bool:
 
 
 def _expected_kind(kind: str) -> str:
+    if kind in _LISTS:
+        return f"a list of {kind}"
     if kind == "integer":
         return "a whole number from 0 to 10^9"
     return "a number from 0 to 10^9" if kind == "number" else f"a {kind}"

@@ -18,11 +18,10 @@ from typing import BinaryIO
 from torch import Tensor
 
 from moemerge.checkpoint.headers import DTYPE_BYTES, StoredTensor
-from moemerge.checkpoint.tensors import TORCH_DTYPES, TensorReader, bytes_of
+from moemerge.checkpoint.tensors import DTYPE_NAMES, TensorReader, bytes_of
 from moemerge.errors import NotEnoughRoom
 
 Chunk = bytes | bytearray | memoryview
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Tensor data begins at a multiple of this, so that a mapped file needs no copies.
 _ALIGNMENT = 64
 
@@ -60,7 +59,7 @@ def memory_tensor(name: str, tensor: Tensor) -> TensorToWrite:
     """A tensor in memory."""
     return TensorToWrite(
         name=name,
-        dtype=_DTYPE_NAMES[tensor.dtype],
+        dtype=DTYPE_NAMES[tensor.dtype],
         shape=tuple(tensor.shape),
         chunks=lambda: [bytes_of(tensor.contiguous())] if tensor.numel() else [],
     )

@@ -76,7 +76,9 @@ def repair_variant(
     tensors: dict[str, Tensor] = {}
     with TensorReader() as reader:
         own, shared = open_lanes(checkpoint, bundle, variant, reader, options, report.advance)
-        weights = _RefittedWeights(own.source, shared.source, tensors, _judged_tokens(chosen, model))
+        judged = _judged_tokens(chosen, model)
+        factor = model.config.residual_factor if isinstance(model, Decoder) else 1.0
+        weights = _RefittedWeights(own.source, shared.source, tensors, judged, factor)
         hidden_TD = hidden_states(model, chosen * 2, weights, LaneExperts([own.experts, shared.experts]))
         weights.norm("decoder.final_norm", hidden_TD, model.config.norm_eps)
     return tensors
@@ -103,14 +105,21 @@ class _RefittedWeights:
         shared: The other.
         tensors: Takes what was fitted, by role.
         judged: By stack; see `_judged_tokens`.
+        factor: Of what layers add to the residual stream.
     """
 
     def __init__(
-        self, own: Source, shared: Source, tensors: dict[str, Tensor], judged: Mapping[str, Tensor]
+        self,
+        own: Source,
+        shared: Source,
+        tensors: dict[str, Tensor],
+        judged: Mapping[str, Tensor],
+        factor: float,
     ) -> None:
         self._own = own
         self._tensors = tensors
         self._judged = judged
+        self._factor = factor
         self._plain = StreamedWeights(own)
         self._lanes = LaneWeights([self._plain, StreamedWeights(ChangedSource(shared, tensors))])
         self._stream_TD = torch.zeros(0)
@@ -127,7 +136,9 @@ class _RefittedWeights:
         return self._lanes.add(role, hidden_TD)
 
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
-        """See `Weights.norm`; what is normed is the residual stream, which the layer will add to."""
+        """See `Weights.norm`; what a fitted one norms is the residual stream, which the layer will add to."""
+        if not is_repaired(role):
+            return self._lanes.norm(role, hidden_TD, eps)
         self._stream_TD = hidden_TD
         own_TD, shared_TD = hidden_TD.chunk(2)
         if not torch.equal(own_TD, shared_TD):
@@ -148,7 +159,8 @@ class _RefittedWeights:
             else:
                 # The layer adds to the residual stream, whose drift so far is to be taken back, too.
                 own_stream_TD, stream_TD = self._stream_TD.float().chunk(2)
-                fitted = refit_matrix(inputs_TD, wanted_TN + own_stream_TD - stream_TD, matrix, judged)
+                drift_TD = (own_stream_TD - stream_TD) / self._factor
+                fitted = refit_matrix(inputs_TD, wanted_TN + drift_TD, matrix, judged)
             self._keep(role, fitted)
         return self._lanes.linear(role, hidden_TD)
 

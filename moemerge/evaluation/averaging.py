@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moemerge.bundle.joined import JoinedTensor, expert_tensors
 from moemerge.bundle.target import building
 from moemerge.calibration.statistics import LayerStatistics
 from moemerge.checkpoint.checkpoint import Checkpoint
@@ -42,25 +43,53 @@ def write_average(checkpoints: Sequence[Checkpoint], folder: Path) -> None:
     """
     first = checkpoints[0]
     family, names = first.family, first.family.role_names(first.settings)
-    sources = {names[role]: [c.tensors[role] for c in checkpoints] for role in first.tensors}
-    layout = family.experts.layouts[0]
-    for layer in first.routed_layers:
-        for slot in range(first.num_experts):
-            for tensor in layout.tensors:
-                name = family.expert_tensor_name(tensor, layer, slot)
-                sources[name] = [c.experts[layer.index, slot][tensor.holds[0]] for c in checkpoints]
+    averages: dict[str, Mean | JoinedTensor] = {
+        names[role]: Mean([c.tensors[role] for c in checkpoints]) for role in first.tensors
+    }
+    averages |= expert_tensors(family, first.settings, lambda layer: _mean_experts(checkpoints, layer.index))
     with building(folder) as place, TensorReader() as reader:
-        averages = [_average(name, tensors, reader) for name, tensors in sources.items()]
-        write_tensors(place / SINGLE, averages, {"format": "pt"})
+        writes = [average.to_write(name, reader) for name, average in averages.items()]
+        write_tensors(place / SINGLE, writes, {"format": "pt"})
         for name in find_side_files(first.repository):
             (place / name).write_bytes(first.repository.read_bytes(name))
 
 
-def _average(name: str, tensors: Sequence[StoredTensor], reader: TensorReader) -> TensorToWrite:
-    def chunks() -> list[memoryview]:
-        return [bytes_of(mean_of_tensors(tensors, reader).to(torch_dtype(tensors[0])))]
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of tensors of one shape, in the dtype of the first."""
 
-    return TensorToWrite(name=name, dtype=tensors[0].dtype, shape=tensors[0].shape, chunks=chunks)
+    tensors: Sequence[StoredTensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+        return self.tensors[0].shape
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype."""
+        return self.tensors[0].dtype
+
+    def compute(self, reader: TensorReader) -> Tensor:
+        """Its value."""
+        return mean_of_tensors(self.tensors, reader).to(torch_dtype(self.tensors[0]))
+
+    def to_write(self, name: str, reader: TensorReader) -> TensorToWrite:
+        """The mean under that name, computed when it is written."""
+        return TensorToWrite(
+            name=name, dtype=self.dtype, shape=self.shape, chunks=lambda: [bytes_of(self.compute(reader))]
+        )
+
+
+def _mean_experts(checkpoints: Sequence[Checkpoint], layer_index: int) -> list[dict[str, Mean]]:
+    """Parts of every slot of a layer."""
+    return [
+        {
+            part: Mean([checkpoint.experts[layer_index, slot][part] for checkpoint in checkpoints])
+            for part in checkpoints[0].family.experts.parts
+        }
+        for slot in range(checkpoints[0].num_experts)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

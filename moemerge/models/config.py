@@ -18,6 +18,22 @@ from moemerge.models.routing import Routing
 _TOKEN_IDS = ("start_token_id", "pad_token_id")
 
 
+class ProjectionNorm(StrEnum):
+    """The closed list of norms of queries and keys: of none, of every head, of all heads together."""
+
+    NONE = "none"
+    HEAD = "head"
+    ALL = "all"
+
+
+class SharedExpert(StrEnum):
+    """The closed list of uses of a shared expert: there is none, added, added times a sigmoid."""
+
+    NONE = "none"
+    ADDED = "added"
+    GATED = "gated"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
     """A decoder-only model; what has a default here, few families speak of.
@@ -25,6 +41,13 @@ class DecoderConfig:
     Attributes:
         max_positions: What the model was made for; callers limit requests with it, the forward pass does not.
         sliding_window: Positions that a token sees, itself included; None for all before it.
+        projection_norm: Root mean square norm of queries and keys before rotation.
+        projection_clip: Largest absolute value of queries, keys and values.
+        attention_scale: Factor of the scores; None for one over the root of `head_size`.
+        embedding_factor: Of embeddings.
+        residual_factor: Of what a layer's attention and experts add to the residual stream.
+        logits_divisor: Of logits.
+        shared_expert: How what a layer's shared expert gives is added to what the routed ones give.
         has_qkv_bias: Whether queries, keys and values have biases.
         has_output_bias: Whether the attention's output has one.
         has_fused_key_value: Whether the keys and the values of a head come of one matrix, in this order.
@@ -46,6 +69,13 @@ class DecoderConfig:
     routing: Routing
     tied_head: bool
     sliding_window: int | None = None
+    projection_norm: ProjectionNorm = ProjectionNorm.NONE
+    projection_clip: float | None = None
+    attention_scale: float | None = None
+    embedding_factor: float = 1.0
+    residual_factor: float = 1.0
+    logits_divisor: float = 1.0
+    shared_expert: SharedExpert = SharedExpert.NONE
     has_qkv_bias: bool = False
     has_output_bias: bool = False
     has_fused_key_value: bool = False

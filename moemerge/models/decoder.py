@@ -6,12 +6,13 @@ Knows nothing of files, requests and sampling.
 Shapes: T tokens, D model width, W tokens whose successor is wanted, Vo vocabulary.
 """
 
+import torch
 from torch import Tensor
 
 from moemerge.models.attention import KeyValues
 from moemerge.models.batch import Batch
-from moemerge.models.config import DecoderConfig
-from moemerge.models.experts import Experts
+from moemerge.models.config import DecoderConfig, SharedExpert
+from moemerge.models.experts import ACTIVATIONS, Experts
 from moemerge.models.groups import plan_groups
 from moemerge.models.routing import TOKEN_ROUTINGS, Route, RouteObserver, Routing, one_expert
 from moemerge.models.self_attention import GroupedAttention
@@ -45,6 +46,8 @@ class Decoder:
         hidden_TD = weights.embed("embedding", batch.token_ids_T)
         if config.has_embedding_norm:
             hidden_TD = weights.norm("embedding_norm", hidden_TD, config.norm_eps)
+        if config.embedding_factor != 1.0:
+            hidden_TD = hidden_TD * config.embedding_factor
         tables = self._attention.tables(batch.positions_T, hidden_TD.dtype)
         granularity = 1 if keys is None else keys.granularity
         groups = plan_groups(
@@ -52,10 +55,11 @@ class Decoder:
         )
         for layer_index in range(config.num_layers):
             normed_TD = weights.norm(f"decoder.{layer_index}.attention_norm", hidden_TD, config.norm_eps)
-            hidden_TD = hidden_TD + self._attention.attend(
-                layer_index, normed_TD, weights, tables, groups, keys
-            )
-            hidden_TD = hidden_TD + self._experts(layer_index, hidden_TD, weights, experts)
+            added_TD = self._attention.attend(layer_index, normed_TD, weights, tables, groups, keys)
+            hidden_TD = torch.add(hidden_TD, added_TD, alpha=config.residual_factor)
+            normed_TD = weights.norm(f"decoder.{layer_index}.ffn_norm", hidden_TD, config.norm_eps)
+            added_TD = self._feed_forward(layer_index, normed_TD, weights, experts)
+            hidden_TD = torch.add(hidden_TD, added_TD, alpha=config.residual_factor)
         return hidden_TD
 
     def logits(self, hidden_WD: Tensor, weights: Weights) -> Tensor:
@@ -64,7 +68,9 @@ class Decoder:
         A `head` among the weights is used even if it is tied to the embedding: it may be packed.
         """
         normed_WD = weights.norm("decoder.final_norm", hidden_WD, self.config.norm_eps)
-        return weights.linear("head" if "head" in weights else "embedding", normed_WD)
+        logits_WV = weights.linear("head" if "head" in weights else "embedding", normed_WD)
+        divisor = self.config.logits_divisor
+        return logits_WV if divisor == 1.0 else logits_WV / divisor
 
     def route(self, layer_index: int, normed_TD: Tensor, weights: Weights) -> Route:
         """Where a layer's router sends tokens, given what its experts are given."""
@@ -74,9 +80,23 @@ class Decoder:
         logits_TE = weights.linear(f"decoder.{layer_index}.router", routed_TD)
         return TOKEN_ROUTINGS[self.config.routing](logits_TE, self.config.num_experts_per_token)
 
-    def _experts(self, layer_index: int, hidden_TD: Tensor, weights: Weights, experts: Experts) -> Tensor:
-        normed_TD = weights.norm(f"decoder.{layer_index}.ffn_norm", hidden_TD, self.config.norm_eps)
+    def _feed_forward(
+        self, layer_index: int, normed_TD: Tensor, weights: Weights, experts: Experts
+    ) -> Tensor:
+        """A dense network where there is no router, or what experts give."""
+        config, layer = self.config, f"decoder.{layer_index}"
+        if config.routing != Routing.ONE_EXPERT and f"{layer}.router" not in weights:
+            return ACTIVATIONS[config.activation](weights, f"{layer}.ffn.", normed_TD)
         route = self.route(layer_index, normed_TD, weights)
         if self.on_route is not None:
             self.on_route(layer_index, normed_TD, route)
-        return experts.product(layer_index, normed_TD, route)
+        output_TD = experts.product(layer_index, normed_TD, route)
+        if config.shared_expert == SharedExpert.NONE:
+            return output_TD
+        return output_TD + self._shared_expert(f"{layer}.shared_expert", normed_TD, weights)
+
+    def _shared_expert(self, role: str, normed_TD: Tensor, weights: Weights) -> Tensor:
+        output_TD = ACTIVATIONS[self.config.activation](weights, f"{role}.", normed_TD)
+        if self.config.shared_expert == SharedExpert.ADDED:
+            return output_TD
+        return output_TD * weights.linear(f"{role}.strength", normed_TD).sigmoid()

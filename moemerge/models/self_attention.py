@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moemerge.models.attention import KeyValues, attend
-from moemerge.models.config import DecoderConfig
+from moemerge.models.config import DecoderConfig, ProjectionNorm
 from moemerge.models.groups import Group
 from moemerge.models.rotary import RotaryTables, rotary_tables, rotate
 from moemerge.models.weights import Weights
@@ -22,7 +22,9 @@ class GroupedAttention:
 
     def __init__(self, config: DecoderConfig) -> None:
         self._config = config
-        self._scale = config.head_size**-0.5
+        self._scale = config.attention_scale or config.head_size**-0.5
+        has_norm = config.projection_norm != ProjectionNorm.NONE
+        self._is_adjusted = bool(config.has_qkv_bias or config.projection_clip or has_norm)
 
     def tables(self, positions_T: Tensor, dtype: torch.dtype) -> RotaryTables:
         """What all layers need to know of the positions of a batch."""
@@ -40,25 +42,41 @@ class GroupedAttention:
         """Output [T, D] of a layer's attention."""
         config = self._config
         role = f"decoder.{layer_index}.attention"
-        query = self._project(f"{role}.query", normed_TD, weights).view(
-            -1, config.num_heads, config.head_size
-        )
+        query = weights.linear(f"{role}.query", normed_TD)
         key, value = self._keys_and_values(role, normed_TD, weights)
-        query, key = rotate(query, tables), rotate(key, tables)
+        if self._is_adjusted:
+            query, key, value = self._adjust(role, query, key, value, weights)
+        query = rotate(query.view(-1, config.num_heads, config.head_size), tables)
+        key = rotate(key.view(-1, config.num_kv_heads, config.head_size), tables)
+        value = value.view(-1, config.num_kv_heads, config.head_size)
         mixed_TD = attend(groups, layer_index, query, key, value, keys, self._scale)
         output_TD = weights.linear(f"{role}.output", mixed_TD)
         return weights.add(f"{role}.output.bias", output_TD) if config.has_output_bias else output_TD
 
     def _keys_and_values(self, role: str, normed_TD: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        """[T, G, h] each."""
-        num_heads, head_size = self._config.num_kv_heads, self._config.head_size
-        if self._config.has_fused_key_value:
-            both = weights.linear(f"{role}.key_value", normed_TD).view(-1, num_heads, 2, head_size)
-            return both[:, :, 0], both[:, :, 1]
-        key = self._project(f"{role}.key", normed_TD, weights).view(-1, num_heads, head_size)
-        value = self._project(f"{role}.value", normed_TD, weights).view(-1, num_heads, head_size)
+        """[T, G*h] each, or [T, G, h]."""
+        if not self._config.has_fused_key_value:
+            return weights.linear(f"{role}.key", normed_TD), weights.linear(f"{role}.value", normed_TD)
+        both = weights.linear(f"{role}.key_value", normed_TD)
+        key, value = both.view(len(both), -1, 2, self._config.head_size).unbind(2)
         return key, value
 
-    def _project(self, role: str, normed_TD: Tensor, weights: Weights) -> Tensor:
-        projected = weights.linear(role, normed_TD)
-        return weights.add(f"{role}.bias", projected) if self._config.has_qkv_bias else projected
+    def _adjust(self, role: str, query: Tensor, key: Tensor, value: Tensor, weights: Weights) -> list[Tensor]:
+        """What stands between projections and rotation: biases, norms of queries and keys, clipping."""
+        config = self._config
+        projected = {f"{role}.query": query, f"{role}.key": key, f"{role}.value": value}
+        if config.has_qkv_bias:
+            projected = {own: weights.add(f"{own}.bias", tensor) for own, tensor in projected.items()}
+        if config.projection_norm != ProjectionNorm.NONE:
+            for own in (f"{role}.query", f"{role}.key"):
+                projected[own] = self._norm(f"{own}.norm", projected[own], weights)
+        if config.projection_clip:
+            limit = config.projection_clip
+            projected = {own: tensor.clamp(-limit, limit) for own, tensor in projected.items()}
+        return list(projected.values())
+
+    def _norm(self, role: str, projected_TN: Tensor, weights: Weights) -> Tensor:
+        if self._config.projection_norm == ProjectionNorm.ALL:
+            return weights.norm(role, projected_TN, self._config.norm_eps)
+        heads = projected_TN.view(len(projected_TN), -1, self._config.head_size)
+        return weights.norm(role, heads, self._config.norm_eps)
