@@ -13,10 +13,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check docs clean
+.PHONY: help demo test test-ray check docs clean
 
 help: ## Show this text
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F '|' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F '|' '{printf "%-12s %s\n", $$1, $$2}'
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) ARGS=for pytest"
 
 demo: $(VENV)/.installed ## Merge the shipped family: similarity, bytes, perplexity, answers
@@ -24,6 +24,9 @@ demo: $(VENV)/.installed ## Merge the shipped family: similarity, bytes, perplex
 
 test: $(VENV)/.developing ## Run the test suite
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-ray: $(VENV)/.developing ## Run the tests on a Ray cluster of several nodes
+	$(BIN)/python -m pytest -m ray tests/cluster $(ARGS)
 
 check: $(VENV)/.developing ## Lint, format, types, import contract
 	$(BIN)/ruff check .

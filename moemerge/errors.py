@@ -8,6 +8,7 @@
     ├── NotFound                           5
     │   └── NotAuthorised                  5   gated or private, no or insufficient token
     ├── NetworkFailure                     6   or offline and not cached
+    │   └── ClusterFailure                 6   no cluster, or its nodes are lost
     ├── NotEnoughRoom                      7   disk or memory
     ├── DamagedInput                       8   truncated, altered, inconsistent, not finite
     │   ├── MissingTensors                 8
@@ -102,6 +103,10 @@ class NetworkFailure(MoemergeError):
     """The hub did not answer, or `--offline` was given and the file is not cached."""
 
     exit_code = 6
+
+
+class ClusterFailure(NetworkFailure):
+    """There is no cluster where one should be, or it loses what it is given."""
 
 
 class NotEnoughRoom(MoemergeError):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         NotEnoughRoom: The disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Its own name: a node that was given up for lost may still be writing the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -14,6 +14,7 @@ from moemerge.cli.command import (
     QuietOption,
     print_json,
 )
+from moemerge.cli.executors import LOCAL, AddressOption, ExecutorOption, open_executor
 from moemerge.cli.plan import print_plan
 from moemerge.cli.planning_options import (
     BudgetOption,
@@ -71,6 +72,8 @@ def merge(
     ] = None,
     base: BaseOption = None,
     max_ram: MaxRamOption = None,
+    engine: ExecutorOption = LOCAL,
+    address: AddressOption = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard what an interrupted run has finished.")
     ] = False,
@@ -115,7 +118,7 @@ def merge(
         recipe=recipe,
     )
     memory = parse_max_ram(max_ram or task.max_ram)
-    with show_progress(quiet=quiet) as progress:
+    with open_executor(engine, address) as executor, show_progress(quiet=quiet) as progress:
         variants = open_sources(
             task.sources, task.base, progress, offline=offline, allow_pickle=allow_pickle, quiet=quiet
         )
@@ -137,6 +140,7 @@ def merge(
                 max_ram=memory,
                 restart=restart,
                 progress=progress,
+                executor=executor,
             )
     if as_json:
         data = {

@@ -15,6 +15,7 @@ from moemerge.cli.command import (
     hint,
     print_json,
 )
+from moemerge.cli.executors import LOCAL, AddressOption, ExecutorOption, open_executor
 from moemerge.cli.planning_options import (
     BudgetOption,
     CalibrationOption,
@@ -51,6 +52,8 @@ def plan(
     within: WithinOption = False,
     base: BaseOption = None,
     max_ram: MaxRamOption = None,
+    engine: ExecutorOption = LOCAL,
+    address: AddressOption = None,
     offline: OfflineOption = False,
     allow_pickle: AllowPickleOption = False,
     quiet: QuietOption = False,
@@ -78,10 +81,13 @@ def plan(
             "--floor) to plan for"
         )
     options = options_of(limits, policy, within=within) if limits.is_given else None
+    if options is not None and engine != LOCAL and out is None:
+        raise InvalidRecipe(f"--engine {engine} needs --out: work lies beside it, where all nodes see it")
     if out:
         check_plan_target(out)
+    beside = out if engine != LOCAL else None
     memory = parse_max_ram(max_ram)
-    with show_progress(quiet=quiet) as progress:
+    with open_executor(engine, address) as executor, show_progress(quiet=quiet) as progress:
         variants = open_sources(
             sources,
             base,
@@ -97,12 +103,20 @@ def plan(
                 variants,
                 evidence,
                 options.policy,
-                beside=None,
+                beside=beside,
                 max_ram=memory,
                 progress=progress,
                 quiet=quiet,
             ) as statistics:
-                made = plan_variants(variants, options, progress, statistics=statistics, max_ram=memory)
+                made = plan_variants(
+                    variants,
+                    options,
+                    progress,
+                    statistics=statistics,
+                    max_ram=memory,
+                    executor=executor,
+                    beside=beside,
+                )
     if made is None:
         if as_json:
             print_json("plan", {"compatible": True, "variants": list(variants.variants)}, variants.findings)

@@ -14,6 +14,7 @@ from moemerge.cli.command import (
     QuietOption,
     print_json,
 )
+from moemerge.cli.executors import LOCAL, AddressOption, ExecutorOption, open_executor
 from moemerge.cli.progress import show_progress
 
 
@@ -22,6 +23,8 @@ def similarity(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
     base: BaseOption = None,
     max_ram: MaxRamOption = None,
+    engine: ExecutorOption = LOCAL,
+    address: AddressOption = None,
     offline: OfflineOption = False,
     allow_pickle: AllowPickleOption = False,
     quiet: QuietOption = False,
@@ -41,11 +44,11 @@ def similarity(
 
     check_target(out)
     memory = parse_max_ram(max_ram)
-    with show_progress(quiet=quiet) as progress:
+    with open_executor(engine, address) as executor, show_progress(quiet=quiet) as progress:
         variants = open_sources(
             sources, base, progress, offline=offline, allow_pickle=allow_pickle, quiet=quiet
         )
-        index = write_similarity(variants, out, progress, max_ram=memory)
+        index = write_similarity(variants, out, progress, max_ram=memory, executor=executor)
     if as_json:
         print_json("similarity", {"folder": str(out), **index}, variants.findings)
         return
