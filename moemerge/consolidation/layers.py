@@ -199,7 +199,7 @@ def _cost_work(
     return Work(
         title=f"costs of layer {index}",
         run=partial(_write_costs, own, statistics.at_layer(index), index, folder.absolute(), subfolder),
-        reads=own.files | {folder.absolute() / subfolder / layer_file(index)},
+        reads=own.files | statistics.files(index) | {folder.absolute() / subfolder / layer_file(index)},
         folder=folder.absolute(),
         memory_bytes=layer_memory(own),
     )

@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from moemerge.bundle.manifest import CodeSpec
-from moemerge.calibration.folder import Calibration
+from moemerge.calibration.folder import Calibration, layer_file
 from moemerge.calibration.passages import Passages
 from moemerge.calibration.random_inputs import random_statistics
 from moemerge.calibration.statistics import LayerStatistics
@@ -52,6 +53,9 @@ class Statistics(Protocol):
     def at_layer(self, layer_index: int) -> "Statistics":
         """The same for one layer: what is sent with work on it."""
 
+    def files(self, layer_index: int) -> frozenset[Path]:
+        """Those that work on a layer reads, with absolute paths."""
+
     def passages(self, variant: str) -> Passages | None:
         """The variant's text, with what is held out to measure on; None without text."""
 
@@ -92,6 +96,10 @@ class NoiseStatistics:
         """See `Statistics`."""
         return NoiseStatistics(self.variants.at_layer(layer_index), self.seed)
 
+    def files(self, layer_index: int) -> frozenset[Path]:
+        """See `Statistics`."""
+        return frozenset()
+
 
 @dataclass(frozen=True, slots=True)
 class TextStatistics:
@@ -124,7 +132,13 @@ class TextStatistics:
 
     def at_layer(self, layer_index: int) -> "TextStatistics":
         """See `Statistics`."""
-        return self
+        folder = self.calibration.folder.absolute()
+        return replace(self, calibration=replace(self.calibration, folder=folder))
+
+    def files(self, layer_index: int) -> frozenset[Path]:
+        """See `Statistics`."""
+        folder = self.calibration.folder.absolute()
+        return frozenset(folder / name / layer_file(layer_index) for name in self.variants)
 
     def passages(self, variant: str) -> Passages:
         """See `Statistics`."""

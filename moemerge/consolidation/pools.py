@@ -50,7 +50,7 @@ def layer_work(
     return Work(
         title=f"pool of layer {layer.index}",
         run=partial(_write, folder.absolute(), own, statistics.at_layer(layer.index), layer),
-        reads=own.files,
+        reads=own.files | statistics.files(layer.index),
         folder=folder.absolute(),
         memory_bytes=layer_memory(own) if is_merged or layer.has_codes else _COPYING_BYTES,
     )

@@ -120,6 +120,10 @@ class SummedStatistics:
         """See `Statistics`."""
         return SummedStatistics(self.of.at_layer(layer_index), self.variants)
 
+    def files(self, layer_index: int) -> frozenset[Path]:
+        """See `Statistics`."""
+        return self.of.files(layer_index)
+
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """See `Statistics`."""
         layers = [self.of.layer(name, layer_index) for name in self.variants]
