@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moemerge.runner.request import Output, Request
     from moemerge.runner.sampling import Sampling
     from moemerge.runner.service import EngineService
-    from moemerge.runner.weights import Swap
+    from moemerge.runner.transfer import Swap
 
 __version__ = "0.1.0"
 

@@ -34,7 +34,7 @@ from moemerge.errors import ServingError
 
 if TYPE_CHECKING:
     from moemerge.runner.options import EngineOptions
-    from moemerge.runner.weights import Swap
+    from moemerge.runner.transfer import Swap
     from moemerge.text.answers import Answer
 
 

@@ -29,7 +29,7 @@ from moemerge.evaluation.samples import SampleSize, load_samples
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
 from moemerge.runner.options import EngineOptions
-from moemerge.runner.weights import Swap
+from moemerge.runner.transfer import Swap
 from moemerge.text.answers import answer
 from moemerge.text.variants import VariantText
 

@@ -10,7 +10,7 @@ from moemerge.runner.request import FinishReason, Output, Timing
 from moemerge.runner.sampling import Chosen, choose_tokens, prompt_logprobs
 from moemerge.runner.scheduler import Scheduler
 from moemerge.runner.sequence import Sequence
-from moemerge.runner.weights import Swap
+from moemerge.runner.transfer import Swap
 
 
 class Answers:

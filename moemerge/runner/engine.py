@@ -24,8 +24,8 @@ from moemerge.runner.request import FinishReason, Output, Request
 from moemerge.runner.sampling import Sampling
 from moemerge.runner.scheduler import Scheduler
 from moemerge.runner.swapping import LoadingFailed
+from moemerge.runner.transfer import Swap
 from moemerge.runner.variants import ServedVariants
-from moemerge.runner.weights import Swap
 
 _LOADING_WAIT_S = 0.002
 _IDLE_WAIT_S = 0.001

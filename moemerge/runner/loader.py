@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import torch
 
-from moemerge.runner.weights import Swap, Transfer
+from moemerge.runner.transfer import Swap, Transfer
 
 Result = Swap | Exception
 

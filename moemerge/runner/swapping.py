@@ -9,7 +9,8 @@ from moemerge.runner.forward import Forward
 from moemerge.runner.loader import Loader
 from moemerge.runner.residency import Residency
 from moemerge.runner.scheduler import Demand
-from moemerge.runner.weights import Swap, Transfer, WeightStore
+from moemerge.runner.transfer import Swap, Transfer
+from moemerge.runner.weights import WeightStore
 
 _LOG = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from moemerge.runner.options import EngineOptions
 from moemerge.runner.residency import Residency
 from moemerge.runner.scheduler import Demand
 from moemerge.runner.swapping import Swapper
-from moemerge.runner.weights import Swap
+from moemerge.runner.transfer import Swap
 
 
 class ServedVariants:

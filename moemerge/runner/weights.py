@@ -7,10 +7,9 @@ matrices may take the packed layout instead, which costs more to fill and less t
 residuals come and go with it, as they are stored.
 """
 
-import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,85 +18,27 @@ from moemerge.bundle.reader import Bundle, ResidualParts
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors, require_mapped
 from moemerge.errors import DamagedBundle
-from moemerge.models.products import can_pack, pack
+from moemerge.models.products import can_pack
 from moemerge.models.weights import is_only_multiplied
 from moemerge.runner.rows import VariantResiduals
+from moemerge.runner.transfer import Piece, Transfer
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A variant's tensors as places in the bundle's files.
+    """A variant's tensors.
 
     Attributes:
         tensors: Non-expert tensors by role.
         residuals: Parts by name, by layer index and slot.
-        coded: The tensors of all residuals, which keep their stored dtype.
-        places: All of them, each once.
+        pieces: All tensors, those of residuals too, each once.
+        stored_bytes: Of all of them, in the bundle.
     """
 
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Piece]
     residuals: Mapping[tuple[int, int], ResidualParts]
-    coded: tuple[StoredTensor, ...]
-    places: tuple[StoredTensor, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Swap:
-    """What making a variant resident took.
-
-    Attributes:
-        variant: Resident now.
-        moved_bytes: Bytes copied, in the bundle's dtype.
-        kept_bytes: Bytes of its non-expert tensors that were there already.
-        seconds: Wall time of copying.
-    """
-
-    variant: str
-    moved_bytes: int
-    kept_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """Copies to be made for a variant: source in the mapped bundle, target in device memory.
-
-    What is in `packs` gets memory of its own when it is packed.
-    """
-
-    variant: str
-    copies: tuple[tuple[StoredTensor, Tensor, Tensor], ...]
-    packs: tuple[tuple[StoredTensor, Tensor], ...]
-    kept_bytes: int
-    packed: dict[StoredTensor, Tensor] = field(default_factory=dict)
-
-    @property
-    def moved_bytes(self) -> int:
-        """Bytes to be read, in the bundle's dtype."""
-        return sum(place.nbytes for place, *_ in (*self.copies, *self.packs))
-
-    def carry_out(self, *, is_alone: bool = False) -> Swap:
-        """Copy everything, in the order of the layers; may run on another thread.
-
-        Args:
-            is_alone: Nothing computes meanwhile, so that copies may take all processors.
-
-        Raises:
-            DamagedInput: A file of the bundle has become shorter.
-        """
-        begin = time.perf_counter()
-        for place, source, target in self.copies:
-            require_mapped(place)
-            _copy(source, target, is_alone=is_alone)
-        for place, source in self.packs:
-            require_mapped(place)
-            self.packed[place] = pack(source)
-        return Swap(
-            variant=self.variant,
-            moved_bytes=self.moved_bytes,
-            kept_bytes=self.kept_bytes,
-            seconds=time.perf_counter() - begin,
-        )
+    pieces: tuple[Piece, ...]
+    stored_bytes: int
 
 
 class WeightStore:
@@ -117,10 +58,8 @@ class WeightStore:
         self.device = device
         self._bundle = bundle
         self._placements: dict[str, Placement] = {}
+        self._pieces: dict[StoredTensor, Piece] = {}
         self._mapped: dict[str, dict[str, Tensor]] = {}
-        self._held: dict[StoredTensor, Tensor] = {}
-        self._users: dict[StoredTensor, set[str]] = defaultdict(set)
-        self._coded: set[StoredTensor] = set()
         self._spare: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = defaultdict(list)
         for variant in variants:
             self.add(variant)
@@ -131,42 +70,54 @@ class WeightStore:
         Raises:
             NotFound, DamagedBundle: As `Bundle.tensors` and `Bundle.residuals`.
         """
-        self._placements[variant] = placement = _placement_of(self._bundle, variant)
-        self._coded |= set(placement.coded)
+        places, residuals = self._bundle.tensors(variant), _residuals_of(self._bundle, variant)
+        tensors = {role: self._piece(place, self.dtype) for role, place in places.items()}
+        matrices = [matrix for parts in residuals.values() for matrix in parts.values()]
+        coded = [place for matrix in matrices for place in matrix.places.values()]
+        pieces = (*tensors.values(), *(self._piece(place, TORCH_DTYPES[place.dtype]) for place in coded))
+        pieces = tuple(dict.fromkeys(pieces))
+        stored_bytes = sum(piece.stored_bytes for piece in pieces)
+        self._placements[variant] = Placement(tensors, residuals, pieces, stored_bytes)
 
     def forget(self, variant: str) -> None:
         """Know a variant no more; it must not be held."""
         placement = self._placements.pop(variant)
-        assert not any(variant in self._users.get(tensor, ()) for tensor in placement.places)
+        assert not any(variant in piece.users for piece in placement.pieces)
+        known = (piece for other in self._placements.values() for piece in other.pieces)
+        self._pieces = {piece.place: piece for piece in known}
         self._spare.clear()
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of tensors in use."""
-        return sum(tensor.nbytes for tensor in self._held.values())
+        return sum(tensor.nbytes for _, tensor in self._held())
 
     @property
     def shared_bytes(self) -> int:
         """Bytes that residents would take more if each kept tensors of its own."""
-        return sum((len(self._users[place]) - 1) * tensor.nbytes for place, tensor in self._held.items())
+        return sum((len(piece.users) - 1) * tensor.nbytes for piece, tensor in self._held())
 
     def set_bytes(self, variants: Collection[str]) -> int:
         """Bytes that these variants take together in device memory."""
-        distinct = {place for variant in variants for place in self._placements[variant].places}
-        return sum(place.num_elements * self._dtype_of(place).itemsize for place in distinct)
+        pieces = {piece for variant in variants for piece in self._placements[variant].pieces}
+        return sum(piece.place.num_elements * piece.dtype.itemsize for piece in pieces)
 
     def stored_bytes(self, variant: str) -> int:
         """Bytes that a variant's tensors take in the bundle."""
-        return sum(place.nbytes for place in self._placements[variant].places)
+        return self._placements[variant].stored_bytes
 
     def weights(self, variant: str) -> dict[str, Tensor]:
         """Non-expert tensors of a resident variant by role."""
-        return {role: self._held[place] for role, place in self._placements[variant].tensors.items()}
+        return {role: _in_memory(piece) for role, piece in self._placements[variant].tensors.items()}
 
     def residuals(self, variant: str) -> VariantResiduals:
         """Residuals of a resident variant."""
+
+        def read(place: StoredTensor) -> Tensor:
+            return _in_memory(self._pieces[place])
+
         return {
-            key: {part: matrix.assemble(self._held.__getitem__) for part, matrix in parts.items()}
+            key: {part: matrix.assemble(read) for part, matrix in parts.items()}
             for key, parts in self._placements[variant].residuals.items()
         }
 
@@ -183,40 +134,43 @@ class WeightStore:
             DamagedInput, NotFound: A file of the bundle cannot be mapped.
         """
         placement = self._placements[variant]
-        places = placement.places
-        missing = [place for place in places if place not in self._held]
+        missing = [piece for piece in placement.pieces if not piece.users]
         packs = self._to_be_packed(placement).intersection(missing)
-        for place in places:
-            self._users[place].add(variant)
+        for piece in placement.pieces:
+            piece.users.add(variant)
         for held in instead_of:
             self.release(held)
         try:
-            sources = {place: self._source(place) for place in missing}
-            taken = {place: self._take(place) for place in missing if place not in packs}
+            sources = [self._source(piece.place) for piece in missing]
+            for piece in missing:
+                if piece not in packs:
+                    piece.tensor = self._take(piece)
         except Exception:
             self.release(variant)
             raise
         finally:
             self._spare.clear()
-        self._held.update(taken)
+        moved_bytes = sum(piece.stored_bytes for piece in missing)
+        pairs = list(zip(missing, sources, strict=True))
         return Transfer(
             variant,
-            tuple((place, sources[place], tensor) for place, tensor in taken.items()),
-            tuple((place, sources[place]) for place in missing if place in packs),
-            sum(place.nbytes for place in places) - sum(place.nbytes for place in missing),
+            tuple((p.place, source, p.tensor) for p, source in pairs if p.tensor is not None),
+            tuple((piece, source) for piece, source in pairs if piece in packs),
+            moved_bytes,
+            placement.stored_bytes - moved_bytes,
         )
 
     def finish(self, transfer: Transfer) -> None:
         """The copies are made; the variant may be used."""
-        self._held.update(transfer.packed)
+        for piece, tensor in transfer.packed.items():
+            piece.tensor = tensor
 
     def release(self, variant: str) -> None:
         """Set a variant aside; memory that nobody else uses is for the one that comes next."""
-        for place in self._placements[variant].places:
-            self._users[place].discard(variant)
-            if not self._users[place]:
-                del self._users[place]
-                tensor = self._held.pop(place, None)
+        for piece in self._placements[variant].pieces:
+            piece.users.discard(variant)
+            if not piece.users:
+                tensor, piece.tensor = piece.tensor, None
                 if tensor is not None and tensor.layout == torch.strided:
                     self._spare[tensor.dtype, tensor.shape].append(tensor)
 
@@ -226,31 +180,34 @@ class WeightStore:
         Raises:
             DamagedInput: It is not, or the bundle changed underneath.
         """
-        expected = {place for variant in residents for place in self._placements[variant].places}
-        if expected != self._held.keys():
+        expected = {piece for variant in residents for piece in self._placements[variant].pieces}
+        held = dict(self._held())
+        if expected != held.keys():
             raise DamagedBundle(f"tensors in memory are not those of {', '.join(sorted(residents))}")
-        for place, tensor in self._held.items():
-            require_mapped(place)
-            held = tensor.cpu() if tensor.layout == torch.strided else tensor.to_dense()
-            if not torch.equal(self._source(place).to(self._dtype_of(place)), held):
-                raise DamagedBundle(f"{place.path}: {place.name} differs from what is in memory")
+        for piece, tensor in held.items():
+            require_mapped(piece.place)
+            dense = tensor.cpu() if tensor.layout == torch.strided else tensor.to_dense()
+            if not torch.equal(self._source(piece.place).to(piece.dtype), dense):
+                raise DamagedBundle(f"{piece.place.path}: {piece.place.name} differs from what is in memory")
 
-    def _to_be_packed(self, placement: Placement) -> set[StoredTensor]:
+    def _held(self) -> Iterator[tuple[Piece, Tensor]]:
+        return ((piece, piece.tensor) for piece in self._pieces.values() if piece.tensor is not None)
+
+    def _piece(self, place: StoredTensor, dtype: torch.dtype) -> Piece:
+        return self._pieces.setdefault(place, Piece(place, dtype, place.nbytes))
+
+    def _to_be_packed(self, placement: Placement) -> set[Piece]:
         """Matrices stored in the dtype of the engine that are used for nothing but products."""
         if not self.is_packed:
             return set()
         tensors = placement.tensors
-        others = {place for role, place in tensors.items() if not is_only_multiplied(role)}
-        return {place for place in tensors.values() if TORCH_DTYPES[place.dtype] == self.dtype} - others
+        others = {piece for role, piece in tensors.items() if not is_only_multiplied(role)}
+        return {piece for piece in tensors.values() if TORCH_DTYPES[piece.place.dtype] == self.dtype} - others
 
-    def _dtype_of(self, place: StoredTensor) -> torch.dtype:
-        """The dtype of a tensor in memory."""
-        return TORCH_DTYPES[place.dtype] if place in self._coded else self.dtype
-
-    def _take(self, place: StoredTensor) -> Tensor:
-        dtype, shape = self._dtype_of(place), torch.Size(place.shape)
-        spare = self._spare[dtype, shape]
-        return spare.pop() if spare else torch.empty(shape, dtype=dtype, device=self.device)
+    def _take(self, piece: Piece) -> Tensor:
+        shape = torch.Size(piece.place.shape)
+        spare = self._spare[piece.dtype, shape]
+        return spare.pop() if spare else torch.empty(shape, dtype=piece.dtype, device=self.device)
 
     def _source(self, place: StoredTensor) -> Tensor:
         file = str(place.path)
@@ -259,22 +216,15 @@ class WeightStore:
         return self._mapped[file][place.name]
 
 
-def _placement_of(bundle: Bundle, variant: str) -> Placement:
-    tensors = bundle.tensors(variant)
-    residuals = {
+def _residuals_of(bundle: Bundle, variant: str) -> dict[tuple[int, int], ResidualParts]:
+    return {
         (index, slot): parts
         for index in bundle.variant(variant).residual_layers
         for slot, parts in enumerate(bundle.residuals(variant, index))
         if parts
     }
-    matrices = [matrix for parts in residuals.values() for matrix in parts.values()]
-    coded = tuple(place for matrix in matrices for place in matrix.places.values())
-    return Placement(tensors, residuals, coded, tuple(dict.fromkeys((*tensors.values(), *coded))))
 
 
-def _copy(source: Tensor, target: Tensor, *, is_alone: bool) -> None:
-    if not is_alone and target.device.type == "cpu" and source.dtype == target.dtype:
-        # One thread and no lock of the interpreter, so that computing goes on beside it.
-        target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
-    else:
-        target.copy_(source, non_blocking=False)
+def _in_memory(piece: Piece) -> Tensor:
+    assert piece.tensor is not None, f"{piece.place.name} is not in memory"
+    return piece.tensor

@@ -21,7 +21,7 @@ from moemerge.runner.sampling import Sampler, Sampling
 from moemerge.runner.scheduler import Scheduler, StepPlan
 from moemerge.runner.sequence import Sequence, State
 from moemerge.runner.swapping import Swapper
-from moemerge.runner.weights import Swap
+from moemerge.runner.transfer import Swap
 
 
 @dataclass

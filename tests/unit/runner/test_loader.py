@@ -8,7 +8,8 @@ import torch
 
 from moemerge.errors import DamagedInput
 from moemerge.runner.loader import Loader
-from moemerge.runner.weights import Transfer, WeightStore
+from moemerge.runner.transfer import Transfer
+from moemerge.runner.weights import WeightStore
 from tests.bundles import NAMES
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ class SlowTransfer(Transfer):
 
 def test_nothing_waits_for_a_transfer_that_is_under_way(loader):
     SlowTransfer.go_on.clear()
-    loader.start(SlowTransfer("plain", (), (), 0))
+    loader.start(SlowTransfer("plain", (), (), 0, 0))
     assert loader.poll() is None
     loader.wait(0.01)
     assert loader.poll() is None
@@ -65,12 +66,12 @@ class FailingTransfer(Transfer):
 
 def test_an_error_comes_back_once_and_the_thread_lives_on(loader):
     for _ in range(2):
-        loader.start(FailingTransfer("plain", (), (), 0))
+        loader.start(FailingTransfer("plain", (), (), 0, 0))
         loader.wait(PATIENCE_S)
         with pytest.raises(DamagedInput, match="the disk is gone"):
             loader.poll()
         assert loader.current is None
-        loader.start(Transfer("plain", (), (), 7))
+        loader.start(Transfer("plain", (), (), 0, 7))
         loader.wait(PATIENCE_S)
         assert replace(loader.poll(), seconds=0.0).kept_bytes == 7
 
@@ -79,7 +80,7 @@ def test_closing_waits_for_the_transfer_under_way_and_may_be_repeated():
     SlowTransfer.go_on.set()
     loader = Loader(CPU)
     loader.close()
-    loader.start(SlowTransfer("plain", (), (), 0))
+    loader.start(SlowTransfer("plain", (), (), 0, 0))
     loader.close()
     assert loader.poll() is not None
     loader.close()

@@ -9,6 +9,7 @@ import torch
 from moemerge.bundle.reader import open_bundle
 from moemerge.errors import DamagedBundle, DamagedInput, MoemergeError
 from moemerge.models.products import can_pack
+from moemerge.runner import transfer as transfer_module
 from moemerge.runner.weights import WeightStore
 from tests.bundles import NAMES
 from tests.factories import flip_byte, read_canonical, truncate
@@ -66,6 +67,18 @@ def test_any_order_of_swaps_ends_with_the_weights_of_a_fresh_store(bundle):
         load(fresh, name)
         assert same(store.weights(name), fresh.weights(name))
         assert store.resident_bytes == fresh.resident_bytes == store.set_bytes([name])
+
+
+def test_copies_in_shares_bring_every_byte_and_their_errors(monkeypatch, copied):
+    monkeypatch.setattr(transfer_module, "_SHARE_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    store = store_of(copied)
+    store.prepare("plain").carry_out(is_alone=True)
+    store.verify_integrity(["plain"])
+    transfer = store.prepare("large")
+    truncate(own_file(copied, "large"), -100)
+    with pytest.raises(DamagedInput, match="large"):
+        transfer.carry_out(is_alone=True)
 
 
 @pytest.mark.parametrize("instead_of", [[], ["plain"]], ids=["beside", "instead"])

@@ -1,0 +1,143 @@
+"""Tensors on their way into device memory, and what bringing them there took.
+
+Knows nothing of variants beyond their names, and of who uses a tensor for how long.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moemerge.checkpoint.headers import StoredTensor
+from moemerge.checkpoint.tensors import require_mapped
+from moemerge.models.products import pack
+
+_SHARE_BYTES = 8 * 2**20
+"""Least bytes that are worth a thread of their own."""
+
+
+Copy = tuple[StoredTensor, Tensor, Tensor]
+"""A place in the bundle's files, its mapped bytes, and memory for them."""
+
+
+@dataclass(eq=False, slots=True)
+class Piece:
+    """A tensor of the bundle: where it is stored, and in device memory while somebody uses it.
+
+    Attributes:
+        place: In the bundle's files.
+        dtype: In device memory.
+        stored_bytes: In the bundle.
+        tensor: In device memory; None while nobody uses it, or while it is being packed.
+        users: Variants.
+    """
+
+    place: StoredTensor
+    dtype: torch.dtype
+    stored_bytes: int
+    tensor: Tensor | None = None
+    users: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swap:
+    """What making a variant resident took.
+
+    Attributes:
+        variant: Resident now.
+        moved_bytes: Bytes copied, in the bundle's dtype.
+        kept_bytes: Bytes of its non-expert tensors that were there already.
+        seconds: Wall time of copying.
+    """
+
+    variant: str
+    moved_bytes: int
+    kept_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Copies to be made for a variant: source in the mapped bundle, target in device memory.
+
+    What is in `packs` gets memory of its own when it is packed.
+    """
+
+    variant: str
+    copies: tuple[Copy, ...]
+    packs: tuple[tuple[Piece, Tensor], ...]
+    moved_bytes: int
+    kept_bytes: int
+    packed: dict[Piece, Tensor] = field(default_factory=dict)
+
+    def carry_out(self, *, is_alone: bool = False) -> Swap:
+        """Copy everything, in the order of the layers; may run on another thread.
+
+        Args:
+            is_alone: Nothing computes meanwhile, so that copies may take all processors.
+
+        Raises:
+            DamagedInput: A file of the bundle has become shorter.
+        """
+        begin = time.perf_counter()
+        if is_alone and all(_is_plain(source, target) for _, source, target in self.copies):
+            _copy_in_shares(self.copies, self.moved_bytes)
+        else:
+            for place, source, target in self.copies:
+                require_mapped(place)
+                _copy(source, target)
+        for piece, source in self.packs:
+            require_mapped(piece.place)
+            self.packed[piece] = pack(source)
+        return Swap(
+            variant=self.variant,
+            moved_bytes=self.moved_bytes,
+            kept_bytes=self.kept_bytes,
+            seconds=time.perf_counter() - begin,
+        )
+
+
+def _copy_in_shares(copies: Sequence[Copy], num_bytes: int) -> None:
+    """Every thread has tensors of its own, and is waited for once, not after each of them."""
+    last = {place.path: place for place, *_ in sorted(copies, key=lambda copy: copy[0].start)}
+    for place in last.values():
+        require_mapped(place)
+    num_shares = max(1, min(torch.get_num_threads(), num_bytes // _SHARE_BYTES))
+    own, *others = _share_out(copies, num_shares)
+    with ThreadPoolExecutor(max(1, len(others))) as threads:
+        jobs = [threads.submit(_copy_share, share) for share in others]
+        _copy_share(own)
+        for job in jobs:
+            job.result()
+
+
+def _share_out(copies: Sequence[Copy], num_shares: int) -> list[list[Copy]]:
+    """About as many bytes each."""
+    shares: list[list[Copy]] = [[] for _ in range(num_shares)]
+    filled = [0] * num_shares
+    for copy in sorted(copies, key=lambda copy: -copy[1].nbytes):
+        least = filled.index(min(filled))
+        shares[least].append(copy)
+        filled[least] += copy[1].nbytes
+    return shares
+
+
+def _copy_share(share: list[Copy]) -> None:
+    for _, source, target in share:
+        _copy(source, target)
+
+
+def _is_plain(source: Tensor, target: Tensor) -> bool:
+    """Whether the bytes stay in the processor's memory, and stay as they are."""
+    return target.device.type == "cpu" and source.dtype == target.dtype
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    if _is_plain(source, target):
+        # One thread and no lock of the interpreter, so that others go on beside it.
+        target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
+    else:
+        target.copy_(source, non_blocking=False)
