@@ -33,6 +33,7 @@ from moemerge.cli.progress import show_progress
 from moemerge.errors import InvalidRecipe
 
 if TYPE_CHECKING:
+    from moemerge.checkpoint.variants import VariantSet
     from moemerge.consolidation.plan import ConsolidationPlan
 
 
@@ -118,12 +119,7 @@ def plan(
                     beside=beside,
                 )
     if made is None:
-        if as_json:
-            print_json("plan", {"compatible": True, "variants": list(variants.variants)}, variants.findings)
-        else:
-            typer.echo(
-                f"{len(variants.variants)} variants fit together. Decide with --budget, for example 1x."
-            )
+        _print_sizes(variants, as_json=as_json)
         return
     if out:
         write_plan(made, out)
@@ -135,6 +131,25 @@ def plan(
         typer.echo(f"Plan: {out}")
     elif not quiet:
         hint("Write it with -o plan.json and carry it out with moemerge merge --plan plan.json.")
+
+
+def _print_sizes(variants: "VariantSet", *, as_json: bool) -> None:
+    """What headers tell of a consolidation: that it can be, and between which sizes it lies."""
+    from moemerge.checkpoint.sizes import format_size
+
+    checkpoints = variants.variants.values()
+    rest = sum(checkpoint.other_bytes for checkpoint in checkpoints)
+    separate = rest + sum(checkpoint.expert_bytes for checkpoint in checkpoints)
+    one_pool = rest + max(checkpoint.expert_bytes for checkpoint in checkpoints)
+    if as_json:
+        sizes = {"separate_bytes": separate, "one_pool_bytes": one_pool}
+        data = {"compatible": True, "variants": list(variants.variants), **sizes}
+        print_json("plan", data, variants.findings)
+        return
+    typer.echo(
+        f"{len(variants.variants)} variants fit together: {format_size(separate)} apart, "
+        f"{format_size(one_pool)} with the experts of one for all. Decide with --budget, for example 1x."
+    )
 
 
 def print_plan(plan: "ConsolidationPlan") -> None:
