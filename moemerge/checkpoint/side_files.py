@@ -12,6 +12,7 @@ SIDE_FILES = (
     "tokenizer.model",
     "spiece.model",
     "special_tokens_map.json",
+    "specail_tokens_map.json",  # TeleChat-12B's spelling
     "added_tokens.json",
     "vocab.json",
     "merges.txt",

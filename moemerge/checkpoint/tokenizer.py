@@ -217,6 +217,12 @@ def load_tokenizer(find: FileLookup, where: str) -> VariantTokenizer:
         DamagedInput: It cannot be read.
     """
     path = find("tokenizer.json")
+    if path is None and find("tokenizer.model") is not None:
+        raise NotFound(
+            f"{where}: has a SentencePiece model (tokenizer.model) for a tokenizer class that would have to "
+            f"be run, and no tokenizer.json. Convert it with tokenizers' SentencePieceUnigramTokenizer or "
+            f"SentencePieceBPETokenizer, put tokenizer.json next to the weights and build the bundle again"
+        )
     if path is None:
         raise NotFound(
             f"{where}: no tokenizer.json. Save the tokenizer with transformers' AutoTokenizer "
