@@ -83,6 +83,11 @@ class VariantCalibration(BaseModel):
     sensitivity: dict[int, float] = Field(default_factory=dict)
     moemerge: str
 
+    @property
+    def identity(self) -> str:
+        """What decides all that is measured: weights, text and settings."""
+        return self.model_dump_json(exclude={"nll", "base_nll_excess", "sensitivity", "moemerge"})
+
 
 class CalibrationIndex(BaseModel):
     """`calibration.json`: the geometry that all variants share, and each of them."""
@@ -295,8 +300,7 @@ def _describe(checkpoint: Checkpoint, text: Text, options: CalibrationOptions) -
 def _is_there(folder: Path, name: str, entry: VariantCalibration, index: CalibrationIndex) -> bool:
     """Whether the same was calibrated before, and its files are there."""
     there = index.variants.get(name)
-    measured = {"nll", "base_nll_excess", "sensitivity", "moemerge"}
-    if there is None or there.model_dump(exclude=measured) != entry.model_dump(exclude=measured):
+    if there is None or there.identity != entry.identity:
         return False
     files = [PASSAGES, *map(layer_file, index.layers)]
     return all((folder / name / file).is_file() for file in files)

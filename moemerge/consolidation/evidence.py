@@ -19,22 +19,13 @@ from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.clustering import match_variants, plan_joins
-from moemerge.consolidation.costs import (
-    Factors,
-    Members,
-    Shared,
-    Slot,
-    measure_factors,
-    probe,
-    race,
-)
+from moemerge.consolidation.costs import Shared, race
+from moemerge.consolidation.factors import Factors, measure_factors
 from moemerge.consolidation.ladder import Ladder
 from moemerge.consolidation.operators import RACED, Member
+from moemerge.consolidation.slot import Members, Slot, probe
 from moemerge.models import Activation
 from moemerge.similarity.matrices import LayerSimilarity
-
-_FULLY_MEASURED = 1
-"""Slots of a layer, the most used ones, on which codes are measured in full."""
 
 _LEAST_TOKENS = 16
 """A slot with fewer tokens is judged by those of the most used slot."""
@@ -87,24 +78,17 @@ class LayerRecord(BaseModel):
     """What was measured of a layer.
 
     Attributes:
-        own, pool, of_sharing, of_rounding: See `costs.Factors`.
+        factors: By variant, what codes do.
         tokens: By variant, how many tokens were measured on.
         routed: By variant and slot, how many of them the router sent there.
     """
 
     model_config = ConfigDict(frozen=True)
     index: int
-    own: dict[str, float]
-    pool: dict[str, float]
-    of_sharing: dict[str, float]
-    of_rounding: dict[str, float]
+    factors: dict[str, Factors]
     slots: list[SlotRecord]
     tokens: dict[str, int] = Field(default_factory=dict)
     routed: dict[str, list[int]] = Field(default_factory=dict)
-
-    def factors(self) -> Factors:
-        """What codes do in the layer."""
-        return Factors(self.own, self.pool, self.of_sharing, self.of_rounding)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,14 +132,11 @@ class Evidence:
                     ", ".join(map(str, slots)),
                 )
         groups = slot_groups(similarity)
-        usage = [
-            sum(statistics[name].slots[slot].output_square_sum for refs in owners for name, slot in refs)
-            for owners in groups
-        ]
-        most_used = sorted(range(len(groups)), key=lambda number: -usage[number])[:_FULLY_MEASURED]
-        factors = measure_factors(
-            [self.slot(similarity, groups[number], statistics) for number in most_used], ladder
-        )
+        typical = typical_slot(groups, statistics)
+        found_factors = measure_factors(self.slot(similarity, typical, statistics), ladder)
+        factors = {
+            name: found for refs, found in zip(typical, found_factors, strict=True) for name, _ in refs
+        }
         records = []
         for owners in groups:
             slot = self.slot(similarity, owners, statistics)
@@ -180,10 +161,7 @@ class Evidence:
             advance(sum(t.nbytes for refs in owners for t in self.stored(similarity.layer, refs[0]).values()))
         return LayerRecord(
             index=similarity.layer,
-            own=dict(factors.own),
-            pool=dict(factors.pool),
-            of_sharing=dict(factors.of_sharing),
-            of_rounding=dict(factors.of_rounding),
+            factors=factors,
             slots=records,
             tokens={name: seen.num_tokens for name, seen in statistics.items()},
             routed={name: [slot.count for slot in seen.slots] for name, seen in statistics.items()},
@@ -289,6 +267,25 @@ def inputs_of(layer: LayerStatistics, slot: int) -> SlotStatistics:
 def unreached(layer: LayerStatistics) -> list[int]:
     """Slots that the text hardly reached."""
     return [number for number, slot in enumerate(layer.slots) if slot.count < _LEAST_TOKENS]
+
+
+def typical_slot(
+    groups: Sequence[list[list[Ref]]], statistics: Mapping[str, LayerStatistics]
+) -> list[list[Ref]]:
+    """The slot in the middle by use, of those with most experts: half of what is used is used more."""
+    most = max(map(len, groups))
+    use = {
+        number: sum(statistics[name].slots[slot].output_square_sum for refs in owners for name, slot in refs)
+        for number, owners in enumerate(groups)
+        if len(owners) == most
+    }
+    by_use = sorted(use, key=lambda number: (-use[number], number))
+    half, seen = sum(use.values()) / 2, 0.0
+    for number in by_use:
+        seen += use[number]
+        if seen >= half:
+            break
+    return groups[number]
 
 
 def slot_groups(similarity: LayerSimilarity) -> list[list[list[Ref]]]:

@@ -112,7 +112,7 @@ class TextStatistics:
     def identity(self) -> str:
         """`text:` and a hash of what was calibrated: weights, texts and settings."""
         entries = self.calibration.index.variants
-        described = "\n".join(f"{name} {entries[name].model_dump_json()}" for name in self.variants)
+        described = "\n".join(f"{name} {entries[name].identity}" for name in self.variants)
         return f"text:{hashlib.sha256(described.encode()).hexdigest()}"
 
     @property

@@ -18,9 +18,10 @@ from moemerge.bundle.manifest import CodeSpec
 from moemerge.bundle.reader import Bundle
 from moemerge.consolidation.allocation import ClusterCosts, Point, SlotCosts, allocate, slot_hull
 from moemerge.consolidation.budget import Budget, refuse_budget
-from moemerge.consolidation.costs import Slot, measure_factors, probe, residual_shares
 from moemerge.consolidation.evidence import Evidence
+from moemerge.consolidation.factors import measure_factors, residual_shares
 from moemerge.consolidation.ladder import NONE, PLAIN, Ladder, Shapes, code_size, residual_size
+from moemerge.consolidation.slot import Slot, probe
 from moemerge.models.packed import Matrix, effective
 from moemerge.similarity.saliency import find_super_experts
 
@@ -169,10 +170,8 @@ def measure_layer(
                 shares.append(residual_shares(slot, 0, _dense(pool[best.index]), ladder.residuals))
     return LayerRecord(
         index=layer_index,
-        own=dict(measure_factors(own, ladder).own),
-        residual={
-            key: min(1.0, statistics.median([share[key] for share in shares])) for key in (shares or [{}])[0]
-        },
+        own=_typical([measure_factors(slot, ladder)[0].own for slot in own]),
+        residual=_typical(shares),
         slots=slots,
     )
 
@@ -209,10 +208,9 @@ def plan_joining(name: str, records: Sequence[LayerRecord], evidence: str, terms
     )
 
 
-def _typical(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """By residual code, the median of what it leaves; nothing where no slot has anything to repair."""
-    codes = shares[0] if shares else ()
-    return {code: min(1.0, statistics.median(share[code] for share in shares)) for code in codes}
+def _typical(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """By code, the median of what it does; nothing where it was not tried."""
+    return {code: statistics.median(one[code] for one in found) for code in (found[0] if found else ())}
 
 
 def _hull(record: LayerRecord, slot: SlotRecord, terms: Terms, *, is_exact: bool) -> list[Point]:

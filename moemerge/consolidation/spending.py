@@ -18,10 +18,11 @@ from moemerge.consolidation.allocation import (
     slot_hull,
     steepest_steps,
 )
-from moemerge.consolidation.costs import Members, Shared, slot_costs
+from moemerge.consolidation.costs import Shared, slot_costs
 from moemerge.consolidation.evidence import LayerRecord, Ref, SlotRecord
 from moemerge.consolidation.gate import Gate
 from moemerge.consolidation.ladder import NONE, PLAIN, Ladder, Shapes
+from moemerge.consolidation.slot import Members
 from moemerge.similarity.saliency import find_super_experts
 
 _BALANCING_ROUNDS = 12
@@ -143,7 +144,8 @@ def trade_off(
 ) -> list[tuple[int, dict[str, float]]]:
     """Bytes, and predicted loss by variant, from the least to everything that lessens damage.
 
-    The way that `allocate` goes, without emphasis on the worst variant, at about so many points.
+    The way that `allocate` goes, without emphasis on the worst variant, at about so many points; losses as in
+    `predicted_nats`.
     """
     hulls = _hulls(records, variants, prices, dict.fromkeys(variants, 1.0))
     places = _places(records)
@@ -170,7 +172,7 @@ def _add_loss(
     record, slot = place
     for refs, value in zip(slot.owners, point.by_member, strict=True):
         for name, _ in refs:
-            loss[name] += sign * prices.weight(name, record.index) * value
+            loss[name] += sign * prices.loss(name, record.index) * value
 
 
 def predicted_loss(spending: Spending, variant: str, prices: Prices) -> float:
@@ -250,7 +252,7 @@ def _costs(
         slot.clusters(),
         slot.probes,
         [len(refs) for refs in slot.owners],
-        record.factors(),
+        [record.factors[refs[0][0]] for refs in slot.owners],
         ladder,
         prices.shapes,
         prices.plain_bytes,

@@ -26,6 +26,7 @@ from moemerge.consolidation.budget import Budget
 from moemerge.consolidation.layers import measure_layers
 from moemerge.consolidation.measured import Statistics
 from moemerge.consolidation.pipeline import merge
+from moemerge.consolidation.quality import RepairOptions
 from moemerge.errors import IncompatibleInputs, InvalidRecipe
 from moemerge.evaluation.loading import load_model
 from moemerge.evaluation.methods import METHODS, Materials, Prepared
@@ -151,6 +152,7 @@ def build_bundle(
         target,
         prepared.decide,
         statistics=prepared.statistics,
+        repair=RepairOptions(repair=prepared.repair),
         max_ram=max_ram,
         progress=progress,
     )

@@ -4,7 +4,7 @@ To add one: a function and an entry in `METHODS`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -74,12 +74,14 @@ class Prepared:
         decide: A plan, or options to make one from.
         statistics: Calibration of what is merged.
         serves: Name in the bundle by variant that is measured.
+        repair: Whether variants' own tensors may be fitted to what is stored.
     """
 
     variants: VariantSet
     decide: ConsolidationPlan | PlanOptions
     statistics: Statistics
     serves: Mapping[str, str]
+    repair: bool = False
 
 
 Method = Callable[[Materials, Budget], Prepared]
@@ -87,7 +89,12 @@ Method = Callable[[Materials, Budget], Prepared]
 
 
 def ours(materials: Materials, budget: Budget) -> Prepared:
-    """The policy that decides by measured cost."""
+    """The policy that decides by measured cost, and repair."""
+    return replace(unrepaired(materials, budget), repair=True)
+
+
+def unrepaired(materials: Materials, budget: Budget) -> Prepared:
+    """The policy that decides by measured cost, without repair: what pools and residuals do alone."""
     return _prepared(materials, PlanOptions(budget=budget, policy=MEASURED))
 
 
@@ -148,6 +155,7 @@ def average(materials: Materials, budget: Budget) -> Prepared:
 
 METHODS: dict[str, Method] = {
     OURS: ours,
+    "unrepaired": unrepaired,
     "copies": own_copies,
     "base+residuals": partial(with_residuals, "mean", "base"),
     "mean+residuals": partial(with_residuals, "mean", "mean"),

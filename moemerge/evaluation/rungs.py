@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 from moemerge.bundle.manifest import CodeSpec
 from moemerge.consolidation.allocation import Point, convex_hull
-from moemerge.consolidation.costs import Members, Slot, measure_factors, probe, race, slot_costs
-from moemerge.consolidation.evidence import Evidence, Ref, slot_groups
+from moemerge.consolidation.costs import race, slot_costs
+from moemerge.consolidation.evidence import Evidence, slot_groups, typical_slot
+from moemerge.consolidation.factors import measure_factors
 from moemerge.consolidation.ladder import Ladder, Shapes, code_size, residual_size
 from moemerge.consolidation.measured import ladder_for
 from moemerge.consolidation.plan import PlannedExpert, PlannedLayer
+from moemerge.consolidation.slot import Members, Slot, probe
 from moemerge.errors import InvalidRecipe
 from moemerge.similarity.matrices import LayerSimilarity
 
@@ -109,7 +111,7 @@ def choose_rungs(sizes: Sequence[Sequence[int]], allowed_bytes: int) -> list[int
 
 
 def measure_rungs(evidence: Evidence, layers: Sequence[LayerSimilarity], operator: str) -> list[Rung]:
-    """Pairs of codes on the lower convex hull of bytes and damage, measured on every layer's most used slot.
+    """Pairs of codes on the lower convex hull of bytes and damage, measured on every layer's typical slot.
 
     Args:
         evidence: What it is measured on.
@@ -119,7 +121,7 @@ def measure_rungs(evidence: Evidence, layers: Sequence[LayerSimilarity], operato
     ladder, shapes = ladder_for(evidence.variants)
     damage: dict[tuple[str, str], list[float]] = {}
     for layer in layers:
-        slot = _most_used_slot(evidence, layer)
+        slot = _typical_slot(evidence, layer)
         for pair, value in _pair_damage(slot, ladder, shapes, operator).items():
             damage.setdefault(pair, []).append(value)
     sizes = sizes_of(evidence)
@@ -136,7 +138,7 @@ def measure_rungs(evidence: Evidence, layers: Sequence[LayerSimilarity], operato
 def _pair_damage(slot: Slot, ladder: Ladder, shapes: Shapes, operator: str) -> dict[tuple[str, str], float]:
     """By pool code and residual code, damage of all variants when they share one expert."""
     everyone: Members = tuple(range(len(slot.members)))
-    factors = measure_factors([slot], ladder, operator)
+    factors = measure_factors(slot, ladder, operator)
     probes = [probe(slot, number) for number in everyone]
     shared = {everyone: race(slot, everyone, (operator,))}
     costs = slot_costs([[everyone]], shared, probes, [1] * len(everyone), factors, ladder, shapes, 0)
@@ -144,13 +146,9 @@ def _pair_damage(slot: Slot, ladder: Ladder, shapes: Shapes, operator: str) -> d
     return {pair: sum(damage[number][pair] for number in everyone) for pair in damage[0]}
 
 
-def _most_used_slot(evidence: Evidence, layer: LayerSimilarity) -> Slot:
+def _typical_slot(evidence: Evidence, layer: LayerSimilarity) -> Slot:
     statistics = {name: evidence.statistics.layer(name, layer.layer) for name in layer.variants}
-
-    def usage(owners: list[list[Ref]]) -> float:
-        return sum(statistics[name].slots[slot].output_square_sum for refs in owners for name, slot in refs)
-
-    return evidence.slot(layer, max(slot_groups(layer), key=usage), statistics)
+    return evidence.slot(layer, typical_slot(slot_groups(layer), statistics), statistics)
 
 
 def _layer(index: int, pool: Sequence[PlannedExpert], rungs: Sequence[Rung]) -> PlannedLayer:

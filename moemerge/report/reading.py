@@ -27,7 +27,7 @@ UNITS = {
     "noise": "damage on noise, summed over layers",
 }
 """What predicted losses are in, by evidence."""
-TEXT_UNIT = "damage on calibration text, summed over layers"
+TEXT_UNIT = "nats per token of the variants' texts"
 Value = TypeVar("Value")
 
 

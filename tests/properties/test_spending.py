@@ -12,6 +12,7 @@ from moemerge.bundle.verify import verify_bundle
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.evidence import Evidence, LayerRecord, SlotRecord, slot_groups
+from moemerge.consolidation.factors import Factors
 from moemerge.consolidation.ladder import code_size, ladder_of
 from moemerge.consolidation.measured import NoiseStatistics
 from moemerge.consolidation.pipeline import merge
@@ -53,15 +54,11 @@ def records(draw):
     one = st.fixed_dictionaries({name: st.floats(0, 5) for name in LADDER.pool})
     left = st.fixed_dictionaries({name: st.floats(0, 1) for name in LADDER.residuals if name != "none"})
     layer = draw(st.lists(slots(), min_size=1, max_size=3))
-    own, pool = ({**draw(one), "plain": 0.0} for _ in range(2))
-    return LayerRecord(
-        index=draw(st.integers(0, 3)),
-        own=own,
-        pool=pool,
-        of_sharing=draw(left),
-        of_rounding=draw(left),
-        slots=layer,
-    )
+    factors = {}
+    for name in NAMES:
+        own, pool = ({**draw(one), "plain": 0.0} for _ in range(2))
+        factors[name] = Factors(own, pool, draw(left), draw(left))
+    return LayerRecord(index=draw(st.integers(0, 3)), factors=factors, slots=layer)
 
 
 @settings(max_examples=40)

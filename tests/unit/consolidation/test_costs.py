@@ -1,12 +1,16 @@
 """What sharing and codes cost, measured on an expert's own inputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moemerge.consolidation.codes.moments import add_part_moments
-from moemerge.consolidation.costs import Factors, Shared, Slot, measure_factors, probe, race, slot_costs
+from moemerge.consolidation.costs import Shared, race, slot_costs
+from moemerge.consolidation.factors import Factors, measure_factors
 from moemerge.consolidation.ladder import code_size, encode, encode_residual, ladder_of
 from moemerge.consolidation.operators import OPERATORS, RACED, Member
+from moemerge.consolidation.slot import Slot, probe
 from moemerge.models import Activation
 
 D, F, S = 32, 48, 200
@@ -20,12 +24,12 @@ def draw_parts(seed):
     return {part: torch.randn(shape, generator=generator) / 6 for part, shape in SHAPES.items()}
 
 
-def member(parts, seed, rows=S):
+def member(parts, seed, rows=S, directions=D // 4):
     generator = torch.Generator().manual_seed(100 + seed)
     # Most of an input lies in a few directions, as in hidden states.
-    directions = torch.randn(D // 4, D, generator=torch.Generator().manual_seed(7))
-    inputs = torch.randn(rows, D // 4, generator=generator) @ directions / 3
-    inputs += 0.2 * torch.randn(rows, D, generator=generator)
+    basis = torch.randn(directions, D, generator=torch.Generator().manual_seed(7))
+    inputs = torch.randn(rows, directions, generator=generator) @ basis / directions**0.5
+    inputs += 0.6 / directions**0.5 * torch.randn(rows, D, generator=generator)
     return Member(parts, Activation.SILU_GATED, inputs, torch.rand(rows, generator=generator))
 
 
@@ -41,8 +45,13 @@ def slot(num=2, distance=0.1, rows=S):
 
 
 @pytest.fixture(scope="module")
-def factors():
-    return measure_factors([slot()], LADDER)
+def both():
+    return measure_factors(slot(), LADDER)
+
+
+@pytest.fixture(params=[0, 1])
+def factors(both, request):
+    return both[request.param]
 
 
 def test_every_code_has_its_factors(factors):
@@ -63,18 +72,30 @@ def test_fewer_bits_cost_more(factors):
 
 
 @pytest.mark.parametrize(("pool", "residual"), [("5-bit", "1-bit"), ("3-bit", "3-bit"), ("6-bit", "rank-4")])
-def test_damage_is_foretold_for_codes_that_were_not_measured(factors, pool, residual):
+@pytest.mark.parametrize("number", [0, 1])
+def test_damage_is_foretold_for_codes_that_were_not_measured(both, number, pool, residual):
     given = slot()
     centre = OPERATORS["mean"].make(given.cluster((0, 1)))
     sums = add_part_moments([one.moments for one in given.members])
     stored = {p: m.dense() for p, m in encode(centre, LADDER.pool[pool], sums).items()}
-    missing = {part: given.members[0].matrices[part] - stored[part] for part in stored}
-    added = encode_residual(missing, LADDER.residuals[residual], given.members[0].moments)
-    measured = given.damage(0, {part: stored[part] + added[part].dense() for part in stored})
+    missing = {part: given.members[number].matrices[part] - stored[part] for part in stored}
+    added = encode_residual(missing, LADDER.residuals[residual], given.members[number].moments)
+    measured = given.damage(number, {part: stored[part] + added[part].dense() for part in stored})
     shared = {(0, 1): Shared("mean", {n: given.damage(n, centre) for n in (0, 1)})}
     probes = [probe(given, n) for n in (0, 1)]
-    costs = slot_costs([[(0, 1)]], shared, probes, [1, 1], factors, LADDER, SHAPES, PLAIN_BYTES)
-    assert costs.partitions[0][0].damage[0][pool, residual] == pytest.approx(measured, rel=0.5)
+    costs = slot_costs([[(0, 1)]], shared, probes, [1, 1], both, LADDER, SHAPES, PLAIN_BYTES)
+    assert costs.partitions[0][0].damage[number][pool, residual] == pytest.approx(measured, rel=0.5)
+
+
+def test_codes_spare_a_variant_whose_inputs_take_few_directions(both):
+    """What they do is measured for each variant, not for the slot."""
+    given = slot()
+    narrow = member(given.members[1].matrices, 1, S, directions=2)
+    judge = member(given.members[1].matrices, 51, S, directions=2)
+    changed = replace(given, members=[given.members[0], narrow], judges=[given.judges[0], judge])
+    found = measure_factors(changed, LADDER)
+    assert found[1].own["4-bit"] < 0.8 * both[1].own["4-bit"]
+    assert found[1].of_sharing["1-bit"] < both[1].of_sharing["1-bit"]
 
 
 def test_feedback_makes_four_bits_cheaper_than_plain_rounding(factors):
@@ -125,7 +146,7 @@ def test_costs_of_a_slot_are_put_together_from_what_was_measured():
     )
     shared = {(0, 1): Shared("mean", {0: 3.0, 1: 5.0})}
     found = slot_costs(
-        [[(0,), (1,)], [(0, 1)]], shared, [1.0, 2.0], [1, 3], factors, LADDER, SHAPES, PLAIN_BYTES
+        [[(0,), (1,)], [(0, 1)]], shared, [1.0, 2.0], [1, 3], [factors] * 2, LADDER, SHAPES, PLAIN_BYTES
     )
     (first, second), (both,) = found.partitions
     assert second.damage == {1: {(name, "none"): 1.0 for name in LADDER.pool}}
