@@ -88,7 +88,7 @@ def write_coded(source: Bundle, target: Path, *, pool: Codes, residuals: Codes) 
         stored = [_coded(parts, spec) for parts, spec in zip(experts, codes, strict=True)]
         write_pool(target, layer.index, [_to_write(parts) for parts in stored])
         pool_bytes += sum(matrix.nbytes for parts in stored for matrix in parts.values())
-        dtype = next(iter(experts[0].values())).dtype
+        dtype = experts[0]["gate" if "gate" in experts[0] else "wi"].dtype
         layers.append(
             PoolLayer(
                 **layer.model_dump(include={"index", "stack", "block", "file"}),
@@ -104,7 +104,11 @@ def write_coded(source: Bundle, target: Path, *, pool: Codes, residuals: Codes) 
                 specs[name].setdefault(layer.index, []).append(spec)
                 mine = own[source.variant(name).maps[layer.index][slot]]
                 slots.append(
-                    {part: code(t.float() - dense(stored[index][part]), spec) for part, t in mine.items()}
+                    {
+                        part: code(t.float() - dense(stored[index][part]), spec)
+                        for part, t in mine.items()
+                        if t.dim() == 2
+                    }
                     if spec
                     else None
                 )
@@ -161,7 +165,10 @@ def dense(matrix: Matrix | Residual) -> Tensor:
 
 
 def _coded(parts: dict[str, Matrix], spec: CodeSpec | None) -> dict[str, Matrix]:
-    return {part: code(tensor, spec) if spec else tensor.clone() for part, tensor in parts.items()}
+    """Matrices as that code, biases in float32; all as they are without one."""
+    if spec is None:
+        return {part: tensor.clone() for part, tensor in parts.items()}
+    return {part: code(t, spec) if t.dim() == 2 else t.float() for part, t in parts.items()}
 
 
 def _to_write(parts: dict[str, Matrix]) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """Coded pool experts in memory, whole or cached, and the residuals that come and go with their variants."""
 
+import math
 import shutil
 
 import pytest
@@ -22,7 +23,7 @@ from moemerge.runner.pool import ExpertPool, load_pool, pool_bytes
 from moemerge.runner.request import Request
 from moemerge.runner.rows import EffectiveRows
 from moemerge.runner.weights import WeightStore
-from tests.bundles import NAMES, open_engine, run
+from tests.bundles import NAMES, open_engine, run, write_bundle
 from tests.coded import bits, low_rank, write_coded
 from tests.factories import flip_byte, truncate, write_siblings
 from tests.unit.runner.test_pool import hidden
@@ -39,6 +40,17 @@ def coded(mixtral_bundle, tmp_path_factory):
     """Float32, codes of every kind."""
     target = tmp_path_factory.mktemp("coded") / "x.moe"
     return write_coded(mixtral_bundle, target, pool=POOL, residuals=RESIDUALS)
+
+
+@pytest.fixture(scope="module")
+def biased_coded(tmp_path_factory):
+    """Experts with biases, float32 and bf16."""
+    found = {}
+    for dtype in ("F32", "BF16"):
+        folder = tmp_path_factory.mktemp(f"biased{dtype}")
+        exact = open_bundle(write_bundle(folder, "telechat_moe", dtype=dtype))
+        found[dtype] = write_coded(exact, folder / "coded.moe", pool=POOL, residuals=RESIDUALS)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +75,7 @@ def pools_of(bundle, dtype=torch.float32):
 
 def cached_pool(bundle, places, dtype=torch.float32):
     """An arena for so many of the largest experts."""
-    plain = sum(rows * columns for rows, columns in bundle.manifest.parts.values()) * dtype.itemsize
+    plain = sum(map(math.prod, bundle.manifest.parts.values())) * dtype.itemsize
     return CachedExpertPool(bundle, dtype, CPU, arena_bytes=places * plain)
 
 
@@ -79,7 +91,8 @@ def reference_output(bundle, variant, layer_index, slot, hidden_TD):
                 dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[tensor.dtype]
                 parts[part] = torch.frombuffer(bytearray(chunks), dtype=dtype).view(tensor.pool.shape).float()
     x = hidden_TD.float()
-    return (functional.silu(x @ parts["gate"].T) * (x @ parts["up"].T)) @ parts["down"].T
+    output = (functional.silu(x @ parts["gate"].T) * (x @ parts["up"].T)) @ parts["down"].T
+    return output + parts.get("down_bias", 0.0)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7])
@@ -93,6 +106,22 @@ def test_slots_compute_with_their_exported_experts(num_tokens, coded):
                     expected = reference_output(coded, name, layer.index, slot, x)
                     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
         pool.verify_integrity()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7])
+def test_biases_are_those_of_the_exported_experts(num_tokens, biased_coded):
+    for bundle, dtype in zip(biased_coded.values(), (torch.float32, torch.bfloat16), strict=True):
+        tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else BF16_TOLERANCE
+        x = hidden(num_tokens, dtype)
+        whole, cached = pools_of(bundle, dtype)
+        assert whole.nbytes == pool_bytes(bundle, dtype)
+        for pool in (whole, cached):
+            for number, name in enumerate(NAMES):
+                for slot, row in enumerate(pool.rows.maps(0)[number]):
+                    output = pool.layers[0].output(row, x).float()
+                    expected = reference_output(bundle, name, 0, slot, x)
+                    torch.testing.assert_close(output, expected, **tolerance)
+            pool.verify_integrity()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64])
