@@ -37,6 +37,10 @@ TINY: Settings = {
     "expert_size": 48,
     "dense_size": 56,
     "shared_size": 40,
+    "latent_size": 20,
+    "unrotated_size": 12,
+    "value_size": 10,
+    "query_rank": None,
     "num_layers": 2,
     "num_encoder_layers": 4,
     "num_decoder_layers": 4,
@@ -74,6 +78,8 @@ _CLASSES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "phimoe": "PhimoeForCausalLM",
 }
 _DRAWN_ROWS = 512
 
@@ -142,8 +148,9 @@ def write_checkpoint(
         named = {name.removeprefix(description.optional_prefix): tensor for name, tensor in named.items()}
     folder.mkdir(parents=True, exist_ok=True)
     written = _config(description, values, dtype, generation)
-    written.update(config or {})
-    write_json(folder / "config.json", {key: value for key, value in written.items() if value is not None})
+    removed = {key for key, value in (config or {}).items() if value is None}
+    written = {key: value for key, value in {**written, **(config or {})}.items() if key not in removed}
+    write_json(folder / "config.json", written)
     write_weights(folder, named, shard_bytes=shard_bytes, kind=weights)
     if side_files:
         _write_side_files(folder, family, int(values["vocab_size"] or 0), generation)
@@ -378,7 +385,7 @@ def _config(family: Family, settings: Settings, dtype: str, generation: str) -> 
         config |= {"bos_token_id": 1, "eos_token_id": 2}
     for name, rule in family.settings.items():
         value = settings[name]
-        if value is None or not rule.keys:
+        if not rule.keys or (value is None and rule.default is None):
             continue
         if isinstance(rule.allowed, dict):
             value = next((key for key, renamed in rule.allowed.items() if renamed == value), value)

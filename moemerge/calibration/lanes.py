@@ -36,6 +36,7 @@ from moemerge.models import (
     Weights,
     build_model,
 )
+from moemerge.models.weights import HEAD_ROLES, Apply
 
 Part = TypeVar("Part")
 
@@ -75,6 +76,14 @@ class LaneWeights:
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
         """See `Weights.norm`."""
         return self._by_run(hidden_TD, lambda weights, piece: weights.norm(role, piece, eps))
+
+    def layer_norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
+        """See `Weights.layer_norm`."""
+        return self._by_run(hidden_TD, lambda weights, piece: weights.layer_norm(role, piece, eps))
+
+    def apply(self, role: str, tokens: Tensor, function: Apply) -> Tensor:
+        """See `Weights.apply`."""
+        return self._by_run(tokens, lambda weights, piece: weights.apply(role, piece, function))
 
     def embed(self, role: str, ids: Tensor) -> Tensor:
         """See `Weights.embed`."""
@@ -178,9 +187,10 @@ def _pass_sums(passages: Sequence[Passage], lanes: Sequence[Lane]) -> Tensor:
 
 def head_of(source: Source, dtype: torch.dtype) -> OneVariant:
     """Final norm and head, which may be the embedding, ready to be applied again and again."""
-    head = "head" if "head" in source.checkpoint.tensors else "embedding"
-    norm = "decoder.final_norm"
-    return OneVariant({norm: source.stored(norm).to(dtype), "head": source.stored(head).to(dtype)})
+    tensors = source.checkpoint.tensors
+    kept = {role: source.stored(role).to(dtype) for role in HEAD_ROLES if role in tensors}
+    head = "head" if "head" in tensors else "embedding"
+    return OneVariant({**kept, "head": source.stored(head).to(dtype)})
 
 
 def log_probabilities(model: Decoder | EncoderDecoder, hidden_TD: Tensor, head: Weights) -> Tensor:

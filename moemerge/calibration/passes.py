@@ -35,6 +35,7 @@ from moemerge.models import (
     build_batch,
     build_model,
 )
+from moemerge.models.weights import HEAD_ROLES
 from moemerge.progress import Progress, Silent
 
 DEFAULT_TOKENS = 65536
@@ -200,6 +201,7 @@ def _token_bytes(checkpoint: Checkpoint, longest: int, options: CalibrationOptio
     settings = checkpoint.settings
     width = int(settings["hidden_size"] or 0)
     num_heads, head_size = int(settings["num_heads"] or 0), int(settings["head_size"] or 0)
+    head_size += int(settings.get("latent_size") or 0)
     entries = 4 * width + 10 * num_heads * head_size
     if checkpoint.family.arithmetic == "encoder_decoder":
         # Relative positions make masks: scores, the mask, and what both are made from.
@@ -284,11 +286,12 @@ def _nll(
 ) -> list[float]:
     """Summed over each passage's labels; the head is read once and applied to a few tokens at a time."""
     tensors = source.checkpoint.tensors
-    roles = ("decoder.final_norm", "head" if "head" in tensors else "embedding")
+    head = "head" if "head" in tensors else "embedding"
+    roles = [role for role in (*HEAD_ROLES, head) if role in tensors]
     weights = OneVariant({role: source.stored(role).to(hidden_TD.dtype) for role in roles})
     source.done({role: tensors[role] for role in roles if role != "embedding"})
     label_T = torch.tensor([label for own in labels for label in own])
-    rows = max(1, LOGIT_ENTRIES // tensors[roles[1]].shape[0])
+    rows = max(1, LOGIT_ENTRIES // tensors[head].shape[0])
     losses = [
         functional.cross_entropy(
             model.logits(hidden, weights).float(), label, ignore_index=NO_LABEL, reduction="none"

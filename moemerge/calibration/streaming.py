@@ -31,6 +31,7 @@ from moemerge.models import (
 )
 from moemerge.models.cache import GrowingKeys
 from moemerge.models.norm import rms_norm
+from moemerge.models.weights import Apply
 
 EXPERT_ROWS = 2048
 """Tokens that go through an expert at once: more take memory and no less time."""
@@ -125,6 +126,17 @@ class StreamedWeights:
         """See `Weights.norm`."""
         self._done(role)
         return rms_norm(hidden_TD, self._source.stored(role).to(hidden_TD.dtype), eps)
+
+    def layer_norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
+        """See `Weights.layer_norm`."""
+        standard_TD = functional.layer_norm(hidden_TD, hidden_TD.shape[-1:], eps=eps)
+        scaled_TD = self.apply(role, standard_TD, torch.mul)
+        return self.add(f"{role}.bias", scaled_TD) if f"{role}.bias" in self else scaled_TD
+
+    def apply(self, role: str, tokens: Tensor, function: Apply) -> Tensor:
+        """See `Weights.apply`."""
+        self._done(role)
+        return function(tokens, self._source.stored(role).to(tokens.dtype))
 
     def embed(self, role: str, ids: Tensor) -> Tensor:
         """See `Weights.embed`."""

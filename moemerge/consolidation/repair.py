@@ -25,6 +25,7 @@ from moemerge.consolidation.prefix import ChangedSource, open_lanes
 from moemerge.consolidation.refitting import refit_matrix, refit_norm, routing_divergence
 from moemerge.models import Decoder, build_model
 from moemerge.models.norm import unit_mean_square
+from moemerge.models.weights import Apply
 from moemerge.progress import Progress, Silent
 
 REPAIR_TOKENS = 16384
@@ -80,7 +81,7 @@ def repair_variant(
         factor = model.config.residual_factor if isinstance(model, Decoder) else 1.0
         weights = _RefittedWeights(own.source, shared.source, tensors, judged, factor)
         hidden_TD = hidden_states(model, chosen * 2, weights, LaneExperts([own.experts, shared.experts]))
-        weights.norm("decoder.final_norm", hidden_TD, model.config.norm_eps)
+        model.final_norm(hidden_TD, weights)
     return tensors
 
 
@@ -147,6 +148,15 @@ class _RefittedWeights:
             fitted = refit_norm(units_TD, wanted_TD, self._own.stored(role), self._judged_of(role))
             self._keep(role, fitted)
         return self._lanes.norm(role, hidden_TD, eps)
+
+    def layer_norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
+        """See `Weights.layer_norm`; such norms of the residual stream are not fitted."""
+        self._stream_TD = hidden_TD
+        return self._lanes.layer_norm(role, hidden_TD, eps)
+
+    def apply(self, role: str, tokens: Tensor, function: Apply) -> Tensor:
+        """See `Weights.apply`."""
+        return self._lanes.apply(role, tokens, function)
 
     def linear(self, role: str, hidden_TD: Tensor) -> Tensor:
         """See `Weights.linear`."""

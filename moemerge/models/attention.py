@@ -1,7 +1,7 @@
 """Softmax attention of a flat batch, group by group. Knows nothing of weights and of how keys are stored.
 
 Shapes: T tokens of the batch, B sequences of a group, N new tokens of each, S keys, H query heads, G
-key/value heads, h head width.
+key/value heads, h head width, of values perhaps another one than of queries and keys.
 """
 
 from collections.abc import Sequence
@@ -56,15 +56,16 @@ def attend(
         scale: Factor of the scores.
 
     Returns:
-        [T, H*h].
+        [T, H*h], h the width of values.
     """
     if keys is not None and key_TGh is not None and value_TGh is not None:
         keys.write(layer_index, key_TGh, value_TGh)
     if len(groups) == 1:
         return _attend(groups[0], layer_index, query_THh, key_TGh, value_TGh, keys, scale)
-    mixed_TD = query_THh.new_empty(query_THh.shape[0], query_THh.shape[1] * query_THh.shape[2])
-    for group in groups:
-        mixed_TD[group.tokens] = _attend(group, layer_index, query_THh, key_TGh, value_TGh, keys, scale)
+    mixed = [_attend(group, layer_index, query_THh, key_TGh, value_TGh, keys, scale) for group in groups]
+    mixed_TD = query_THh.new_empty(query_THh.shape[0], mixed[0].shape[1])
+    for group, mixed_of_group in zip(groups, mixed, strict=True):
+        mixed_TD[group.tokens] = mixed_of_group
     return mixed_TD
 
 
@@ -83,9 +84,9 @@ def _attend(
     if group.is_fresh:
         assert key_TGh is not None
         assert value_TGh is not None
-        shape = (batch_size, num_new, -1, head_size)
-        key_BGSh = key_TGh[group.tokens].view(shape).transpose(1, 2)
-        value_BGSh = value_TGh[group.tokens].view(shape).transpose(1, 2)
+        shape = batch_size, num_new
+        key_BGSh = key_TGh[group.tokens].view(*shape, *key_TGh.shape[1:]).transpose(1, 2)
+        value_BGSh = value_TGh[group.tokens].view(*shape, *value_TGh.shape[1:]).transpose(1, 2)
     else:
         assert keys is not None, "earlier tokens are attended to, and no cache was given"
         key_BGSh, value_BGSh = keys.read(layer_index, group)
@@ -108,4 +109,4 @@ def _attend(
     )
     if num_new > 1:
         output = output.transpose(1, 2)
-    return output.reshape(batch_size * num_new, num_heads * head_size)
+    return output.reshape(batch_size * num_new, -1)

@@ -4,11 +4,12 @@ Settings arrive as a mapping with at least the fields of the class that have no 
 checkpoint's config keeps them is the family description's business. Knows nothing of tensors and files.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from types import NoneType
-from typing import Any, Self, get_args
+from typing import Any, Self, get_args, get_origin
 
 from moemerge.errors import UnsupportedCheckpoint
 from moemerge.models.experts import Activation
@@ -16,6 +17,13 @@ from moemerge.models.rotary import Rotary
 from moemerge.models.routing import Routing
 
 _TOKEN_IDS = ("start_token_id", "pad_token_id")
+
+
+class Norm(StrEnum):
+    """The closed list of norms between layers: by root mean square, or by mean and variance."""
+
+    ROOT_MEAN_SQUARE = "root_mean_square"
+    LAYER = "layer"
 
 
 class ProjectionNorm(StrEnum):
@@ -41,15 +49,23 @@ class DecoderConfig:
     Attributes:
         max_positions: What the model was made for; callers limit requests with it, the forward pass does not.
         sliding_window: Positions that a token sees, itself included; None for all before it.
+        norm: Between layers.
+        head_size: Width of a head of grouped attention; of latent attention that of its rotated part.
+        latent_size: Width of what latent attention keeps of a token besides a rotated key; None for grouped
+            attention.
+        unrotated_size: Width of the part of a latent attention's head that is not rotated.
         projection_norm: Root mean square norm of queries and keys before rotation.
         projection_clip: Largest absolute value of queries, keys and values.
         attention_scale: Factor of the scores; None for one over the root of `head_size`.
         embedding_factor: Of embeddings.
         residual_factor: Of what a layer's attention and experts add to the residual stream.
         logits_divisor: Of logits.
+        routing_threshold: How far from the best score others count, where routing asks.
+        routed_factor: Of what routed experts give.
         shared_expert: How what a layer's shared expert gives is added to what the routed ones give.
         has_qkv_bias: Whether queries, keys and values have biases.
         has_output_bias: Whether the attention's output has one.
+        has_head_bias: Whether logits have one.
         has_fused_key_value: Whether the keys and the values of a head come of one matrix, in this order.
         has_embedding_norm: Whether embeddings are normed before the first layer.
         routes_in_float32: Whether routers compute in float32 whatever the rest does.
@@ -69,21 +85,31 @@ class DecoderConfig:
     routing: Routing
     tied_head: bool
     sliding_window: int | None = None
+    norm: Norm = Norm.ROOT_MEAN_SQUARE
+    latent_size: int | None = None
+    unrotated_size: int | None = None
     projection_norm: ProjectionNorm = ProjectionNorm.NONE
     projection_clip: float | None = None
     attention_scale: float | None = None
     embedding_factor: float = 1.0
     residual_factor: float = 1.0
     logits_divisor: float = 1.0
+    routing_threshold: float | None = None
+    routed_factor: float = 1.0
     shared_expert: SharedExpert = SharedExpert.NONE
     has_qkv_bias: bool = False
     has_output_bias: bool = False
+    has_head_bias: bool = False
     has_fused_key_value: bool = False
     has_embedding_norm: bool = False
     routes_in_float32: bool = False
 
     def __post_init__(self) -> None:
         _require(self.num_heads % self.num_kv_heads == 0, "num_heads is no multiple of num_kv_heads")
+        has_parts = (self.latent_size is None) == (self.unrotated_size is None)
+        _require(has_parts, "latent_size and unrotated_size belong together")
+        has_threshold = self.routing_threshold is not None or self.routing != Routing.SPARSEMIXER
+        _require(has_threshold, f"routing {self.routing} needs routing_threshold")
         _require(self.head_size % 2 == 0, "head_size is odd, rotary embedding needs pairs")
         _require(
             self.routing != Routing.SWITCH_TOP1, f"routing {self.routing} is not for a decoder-only model"
@@ -154,6 +180,8 @@ def _read(kind: type, settings: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _value(name: str, value: Any, kind: Any) -> Any:
+    if any(get_origin(option) is tuple for option in get_args(kind)):
+        return tuple(map(float, json.loads(value)))
     kind = next((option for option in get_args(kind) if option is not NoneType), kind)
     if issubclass(kind, StrEnum):
         known = ", ".join(kind)

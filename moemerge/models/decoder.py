@@ -11,10 +11,11 @@ from torch import Tensor
 
 from moemerge.models.attention import KeyValues
 from moemerge.models.batch import Batch
-from moemerge.models.config import DecoderConfig, SharedExpert
+from moemerge.models.config import DecoderConfig, Norm, SharedExpert
 from moemerge.models.experts import ACTIVATIONS, Experts
 from moemerge.models.groups import plan_groups
-from moemerge.models.routing import TOKEN_ROUTINGS, Route, RouteObserver, Routing, one_expert
+from moemerge.models.latent_attention import LatentAttention
+from moemerge.models.routing import TOKEN_ROUTINGS, Route, RouteObserver, Routing, one_expert, sparsemixer
 from moemerge.models.self_attention import GroupedAttention
 from moemerge.models.weights import Weights
 
@@ -29,7 +30,7 @@ class Decoder:
     def __init__(self, config: DecoderConfig, on_route: RouteObserver | None = None) -> None:
         self.config = config
         self.on_route = on_route
-        self._attention = GroupedAttention(config)
+        self._attention = LatentAttention(config) if config.latent_size else GroupedAttention(config)
 
     def forward(
         self, batch: Batch, weights: Weights, experts: Experts, keys: KeyValues | None = None
@@ -54,31 +55,49 @@ class Decoder:
             batch.spans, config.sliding_window, granularity, hidden_TD.device, hidden_TD.dtype
         )
         for layer_index in range(config.num_layers):
-            normed_TD = weights.norm(f"decoder.{layer_index}.attention_norm", hidden_TD, config.norm_eps)
+            normed_TD = self._norm(f"decoder.{layer_index}.attention_norm", hidden_TD, weights)
             added_TD = self._attention.attend(layer_index, normed_TD, weights, tables, groups, keys)
             hidden_TD = torch.add(hidden_TD, added_TD, alpha=config.residual_factor)
-            normed_TD = weights.norm(f"decoder.{layer_index}.ffn_norm", hidden_TD, config.norm_eps)
+            normed_TD = self._norm(f"decoder.{layer_index}.ffn_norm", hidden_TD, weights)
             added_TD = self._feed_forward(layer_index, normed_TD, weights, experts)
             hidden_TD = torch.add(hidden_TD, added_TD, alpha=config.residual_factor)
         return hidden_TD
+
+    def final_norm(self, hidden_TD: Tensor, weights: Weights) -> Tensor:
+        """What the last layer gives, as the head takes it."""
+        return self._norm("decoder.final_norm", hidden_TD, weights)
 
     def logits(self, hidden_WD: Tensor, weights: Weights) -> Tensor:
         """Logits [W, Vo] of what follows tokens with these hidden states, all of one vocabulary.
 
         A `head` among the weights is used even if it is tied to the embedding: it may be packed.
         """
-        normed_WD = weights.norm("decoder.final_norm", hidden_WD, self.config.norm_eps)
+        normed_WD = self.final_norm(hidden_WD, weights)
         logits_WV = weights.linear("head" if "head" in weights else "embedding", normed_WD)
+        if self.config.has_head_bias:
+            logits_WV = weights.add("head.bias", logits_WV)
         divisor = self.config.logits_divisor
         return logits_WV if divisor == 1.0 else logits_WV / divisor
 
     def route(self, layer_index: int, normed_TD: Tensor, weights: Weights) -> Route:
         """Where a layer's router sends tokens, given what its experts are given."""
-        if self.config.routing == Routing.ONE_EXPERT:
+        config = self.config
+        if config.routing == Routing.ONE_EXPERT:
             return one_expert(normed_TD)
-        routed_TD = normed_TD.float() if self.config.routes_in_float32 else normed_TD
+        routed_TD = normed_TD.float() if config.routes_in_float32 else normed_TD
         logits_TE = weights.linear(f"decoder.{layer_index}.router", routed_TD)
-        return TOKEN_ROUTINGS[self.config.routing](logits_TE, self.config.num_experts_per_token)
+        if config.routing_threshold is not None:
+            return sparsemixer(logits_TE, config.num_experts_per_token, config.routing_threshold)
+        route = TOKEN_ROUTINGS[config.routing](logits_TE, config.num_experts_per_token)
+        if config.routed_factor != 1.0:
+            return Route(route.slots_TK, route.gates_TK * config.routed_factor)
+        return route
+
+    def _norm(self, role: str, hidden_TD: Tensor, weights: Weights) -> Tensor:
+        config = self.config
+        if config.norm == Norm.LAYER:
+            return weights.layer_norm(role, hidden_TD, config.norm_eps)
+        return weights.norm(role, hidden_TD, config.norm_eps)
 
     def _feed_forward(
         self, layer_index: int, normed_TD: Tensor, weights: Weights, experts: Experts

@@ -90,12 +90,16 @@ class EncoderDecoder:
             hidden_TD = self._feed_forward("decoder", layer, hidden_TD, weights, experts, limited_spans)
         return hidden_TD
 
+    def final_norm(self, hidden_TD: Tensor, weights: Weights) -> Tensor:
+        """What the decoder's last layer gives, as the head takes it."""
+        return weights.norm("decoder.final_norm", hidden_TD, self.config.norm_eps)
+
     def logits(self, hidden_WD: Tensor, weights: Weights) -> Tensor:
         """Logits [W, Vo] of what follows tokens with these hidden states, all of one vocabulary.
 
         A `head` among the weights is used even if it is tied to the embedding: it may be packed.
         """
-        normed_WD = weights.norm("decoder.final_norm", hidden_WD, self.config.norm_eps)
+        normed_WD = self.final_norm(hidden_WD, weights)
         if self.config.tied_head:
             normed_WD = normed_WD * self.config.hidden_size**-0.5
         return weights.linear("head" if "head" in weights else "embedding", normed_WD)

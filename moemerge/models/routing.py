@@ -25,6 +25,7 @@ class Routing(StrEnum):
     SOFTMAX_TOPK = "softmax_topk"
     TOPK_SOFTMAX = "topk_softmax"
     ONE_EXPERT = "one_expert"
+    SPARSEMIXER = "sparsemixer"
     SWITCH_TOP1 = "switch_top1"
 
 
@@ -71,6 +72,25 @@ def topk_softmax(logits_TE: Tensor, num_chosen: int) -> Route:
     """The K largest logits, softmax over those (gpt-oss, Granite)."""
     logits_TK, slots_TK = logits_TE.topk(num_chosen, dim=-1)
     return Route(slots_TK, functional.softmax(logits_TK, dim=-1, dtype=torch.float32))
+
+
+def sparsemixer(logits_TE: Tensor, num_chosen: int, threshold: float) -> Route:
+    """K times the best slot that is left, weighed against those that score nearly as much (Phi-3.5-MoE).
+
+    Slots count while their distance from the best, relative to the larger of the best score and their own
+    absolute one, is at most twice the threshold. Gates are near 1 each.
+
+    Source: Liu et al. 2024 (arXiv:2409.12136), as transformers 5.23 `sparsemixer` computes it.
+    """
+    left_TE, slots, gates = logits_TE, [], []
+    for _ in range(num_chosen):
+        best_T1, slot_T1 = left_TE.max(dim=-1, keepdim=True)
+        distance_TE = (best_T1 - logits_TE) / logits_TE.abs().clamp(min=best_T1)
+        near_TE = left_TE.masked_fill(distance_TE > 2 * threshold, -torch.inf)
+        gates.append(functional.softmax(near_TE, dim=-1).gather(-1, slot_T1))
+        slots.append(slot_T1)
+        left_TE = left_TE.scatter(-1, slot_T1, -torch.inf)
+    return Route(torch.cat(slots, dim=-1), torch.cat(gates, dim=-1).float())
 
 
 TOKEN_ROUTINGS: Mapping[Routing, Callable[[Tensor, int], Route]] = {

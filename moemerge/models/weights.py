@@ -17,6 +17,9 @@ from moemerge.models.layouts import Multiplied
 from moemerge.models.norm import rms_norm, unit_mean_square
 from moemerge.models.products import multiply
 
+Apply = Callable[[Tensor, Tensor], Tensor]
+"""From consecutive tokens and a tensor of their variant to one row for each of them."""
+
 
 class Weights(Protocol):
     """The non-expert tensors of the variants in a batch. All of them have the same roles."""
@@ -35,6 +38,14 @@ class Weights(Protocol):
 
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
         """Root mean square norm with each token's variant's weight."""
+        ...
+
+    def layer_norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
+        """Norm of mean and variance with each token's variant's weight, and bias where there is one."""
+        ...
+
+    def apply(self, role: str, tokens: Tensor, function: Apply) -> Tensor:
+        """What a function makes of tokens [T, ...] and their variant's tensor, [T, ...]."""
         ...
 
     def embed(self, role: str, ids: Tensor) -> Tensor:
@@ -63,6 +74,15 @@ class OneVariant:
         """See `Weights.norm`."""
         return rms_norm(hidden_TD, self._plain(role), eps)
 
+    def layer_norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
+        """See `Weights.layer_norm`."""
+        bias = self._plain(f"{role}.bias") if f"{role}.bias" in self else None
+        return functional.layer_norm(hidden_TD, hidden_TD.shape[-1:], self._plain(role), bias, eps)
+
+    def apply(self, role: str, tokens: Tensor, function: Apply) -> Tensor:
+        """See `Weights.apply`."""
+        return function(tokens, self._plain(role))
+
     def embed(self, role: str, ids: Tensor) -> Tensor:
         """See `Weights.embed`."""
         return functional.embedding(ids, self._plain(role))
@@ -89,26 +109,33 @@ class MixedVariants:
 
     def linear(self, role: str, hidden_TD: Tensor) -> Tensor:
         """See `Weights.linear`."""
-        return self._by_run(role, hidden_TD, multiply)
+        return self.apply(role, hidden_TD, multiply)
 
     def add(self, role: str, hidden_TD: Tensor) -> Tensor:
         """See `Weights.add`."""
-        return self._by_run(role, hidden_TD, torch.add)
+        return self.apply(role, hidden_TD, torch.add)
 
     def norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
         """See `Weights.norm`."""
-        return self._by_run(role, unit_mean_square(hidden_TD, eps), torch.mul)
+        return self.apply(role, unit_mean_square(hidden_TD, eps), torch.mul)
+
+    def layer_norm(self, role: str, hidden_TD: Tensor, eps: float) -> Tensor:
+        """See `Weights.layer_norm`."""
+        standard_TD = functional.layer_norm(hidden_TD, hidden_TD.shape[-1:], eps=eps)
+        scaled_TD = self.apply(role, standard_TD, torch.mul)
+        return self.add(f"{role}.bias", scaled_TD) if f"{role}.bias" in self else scaled_TD
 
     def embed(self, role: str, ids: Tensor) -> Tensor:
         """See `Weights.embed`."""
-        return self._by_run(role, ids, functional.embedding)
+        return self.apply(role, ids, functional.embedding)
 
-    def _by_run(self, role: str, tokens: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def apply(self, role: str, tokens: Tensor, function: Apply) -> Tensor:
+        """See `Weights.apply`."""
         runs = self._runs(role)
         if len(runs) == 1:
-            return apply(tokens, runs[0][1])
+            return function(tokens, runs[0][1])
         pieces = torch.split(tokens, [count for count, _ in runs])
-        return torch.cat([apply(piece, tensor) for piece, (_, tensor) in zip(pieces, runs, strict=True)])
+        return torch.cat([function(piece, tensor) for piece, (_, tensor) in zip(pieces, runs, strict=True)])
 
     def _runs(self, role: str) -> list[tuple[int, Tensor]]:
         runs: list[tuple[int, Tensor]] = []
@@ -120,9 +147,13 @@ class MixedVariants:
         return runs
 
 
-_MULTIPLIED = ("query", "key", "value", "key_value", "output", "wi", "wo", "gate", "up", "down")
+_MULTIPLIED = ("query", "key", "value", "key_value", "output", "latent", "wi", "wo", "gate", "up", "down")
 
 
 def is_only_multiplied(role: str) -> bool:
     """Whether `Weights.linear` is all that a model does with a tensor, in the dtype of the tokens."""
     return role == "head" or role.rpartition(".")[2] in _MULTIPLIED
+
+
+HEAD_ROLES = ("decoder.final_norm", "decoder.final_norm.bias", "head.bias")
+"""What logits are made with, besides a head or an embedding; the biases few families have."""

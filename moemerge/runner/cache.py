@@ -22,11 +22,11 @@ class BlockCache:
     def __init__(
         self, geometry: CacheGeometry, num_blocks: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        layers, heads, head_size, tokens = geometry
-        shape = (layers, num_blocks, tokens, heads, head_size)
+        tokens = geometry.block_tokens
+        shape = (geometry.num_layers, num_blocks, tokens, geometry.num_kv_heads)
         # A block is cleared before its first token is written: on a CPU pages are only taken by then.
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = torch.empty((*shape, geometry.head_size), dtype=dtype, device=device)
+        self.values = torch.empty((*shape, geometry.value_size), dtype=dtype, device=device)
         self.block_tokens = tokens
 
     def clear(self, blocks: list[int]) -> None:

@@ -43,8 +43,26 @@ GRANITE = {
     "attention_scale": 0.25,
     "logits_divisor": 0.5,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_factor": 4.0,
+    "rope_original_positions": 32,
+    "rope_mscale": 0.707,
+    "rope_mscale_all": 0.9,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_short_factors": "[1.0, 1.1, 1.5, 2.0]",
+    "rope_long_factors": "[1.0, 2.0, 4.0, 8.0]",
+    "rope_table_factor": 1.25,
+    "rope_long_table_factor": 1.5,
+}
 RENORMALISED = {"routing": "softmax_topk_renormalised"}
 CASES = {
+    "deepseek_v2": [
+        {"num_kv_heads": 4},
+        {"num_kv_heads": 4, "first_routed": 1, "num_layers": 3, "routed_factor": 2.5, **YARN},
+    ],
     "granitemoe": [{}, GRANITE],
     "llama": [{}, LLAMA3, {"rope_type": "linear", "rope_factor": 4.0}, {"attention_bias": True}],
     "mistral": [{}, {"sliding_window": 5, "head_size": 12}],
@@ -57,6 +75,7 @@ CASES = {
     ],
     "telechat_moe": [{"tied_head": False, "num_kv_heads": 4}],
     "olmoe": [{}, RENORMALISED, {"projection_clip": 0.5}],
+    "phimoe": [{}, {"attention_bias": True, "has_head_bias": True, "num_experts": 6, **LONGROPE}],
     "qwen2_moe": [{}, {"has_qkv_bias": False, "dense_layers": "[0]"}, RENORMALISED],
     "qwen3_moe": [
         {},
@@ -143,8 +162,9 @@ def test_logits_differ_by_no_more_than_the_description_states(name, tmp_path):
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_layouts_hold_the_same_experts(name, layout, tmp_path):
-    first = write_checkpoint(tmp_path / "first", name, dtype="F32")
-    other = write_checkpoint(tmp_path / "other", name, dtype="F32", layout=layout)
+    settings = settings_of(CASES[name][0])
+    first = write_checkpoint(tmp_path / "first", name, dtype="F32", settings=settings)
+    other = write_checkpoint(tmp_path / "other", name, dtype="F32", settings=settings, layout=layout)
     expected, found = read_canonical(first), read_canonical(other)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
