@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +20,7 @@ from moemerge.calibration.passes import (
     calibrate_variant,
     mean_nll,
     measure_nll,
+    pass_memory,
 )
 from moemerge.calibration.sensitivity import measure_sensitivity
 from moemerge.calibration.statistics import LayerStatistics, layer_of_tensors, layer_tensors
@@ -37,7 +39,8 @@ from moemerge.errors import (
     NotFound,
     UnsupportedCheckpoint,
 )
-from moemerge.progress import Progress
+from moemerge.execution import Executor, Local, Work
+from moemerge.progress import Progress, Silent
 
 SCHEMA = "moemerge/calibration@1"
 INDEX = "calibration.json"
@@ -186,6 +189,7 @@ def calibrate(
     folder: Path,
     options: CalibrationOptions | None = None,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Calibrated:
     """Run every variant on its own text and keep the statistics in `folder`, beside those it holds already.
 
@@ -195,6 +199,7 @@ def calibrate(
         folder: Created when it is not there.
         options: How to.
         progress: Told of the bytes of weights whose work is done.
+        executor: Does the work, a variant at a time; this process by default.
 
     Raises:
         InvalidRecipe, NotFound: As `load_texts`, or the folder holds something else.
@@ -204,25 +209,25 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     texts = load_texts(variants.variants, paths, options.num_tokens, options.window)
-    reused, findings = [], []
+    findings: dict[str, list[Finding]] = {}
     with writing(folder), locked(folder):
         index = _open_index(folder, variants.first)
-        for name, checkpoint in variants.variants.items():
-            entry = _describe(checkpoint, texts[name], options)
-            if _is_there(folder, name, entry, index):
-                reused.append(name)
-                continue
-            check_disk(folder, _folder_bytes(checkpoint, options), f"calibrating {name}")
-            passages = Passages.divide(texts[name].passages)
-            with _replacing(folder, name, index) as place:
-                nll = _write_layers(checkpoint, passages.counted, place, options, progress, name)
-                write_passages(passages, place / PASSAGES)
-            measured = _measure(name, checkpoint, variants.base, passages, options, progress)
-            entry = entry.model_copy(update={"nll": mean_nll(nll, passages.counted), **measured})
-            index = index.model_copy(update={"variants": {**index.variants, name: entry}})
-            write_text(folder / INDEX, _dump(index))
-            findings += _judge(name, entry, texts[name])
-    return Calibrated(Calibration(folder, index), tuple(reused), tuple(findings))
+        entries = {name: _describe(c, texts[name], options) for name, c in variants.variants.items()}
+        missing = [name for name, entry in entries.items() if not _is_there(folder, name, entry, index)]
+        needed = sum(_folder_bytes(variants.variants[name], options) for name in missing)
+        check_disk(folder, needed, f"calibrating {', '.join(missing)}")
+        with _places(folder, missing) as places:
+            works = [_work(variants, name, texts[name].passages, places[name], options) for name in missing]
+            for number, measured in (executor or Local()).map(works, progress or Silent()):
+                name = missing[number]
+                _replace(folder, name, places[name], index)
+                entry = entries[name].model_copy(update=measured)
+                index = index.model_copy(update={"variants": {**index.variants, name: entry}})
+                write_text(folder / INDEX, _dump(index))
+                findings[name] = _judge(name, entry, texts[name])
+    reused = tuple(name for name in entries if name not in missing)
+    told = tuple(finding for name in missing for finding in findings[name])
+    return Calibrated(Calibration(folder, index), reused, told)
 
 
 def open_calibration(folder: Path) -> Calibration:
@@ -307,21 +312,56 @@ def _is_there(folder: Path, name: str, entry: VariantCalibration, index: Calibra
 
 
 @contextmanager
-def _replacing(folder: Path, name: str, index: CalibrationIndex) -> Iterator[Path]:
-    """A folder that takes the place of a variant's at the end; the index never tells of a half one."""
-    place = folder / f".{name}.building"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+def _places(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+    """A folder for each variant, that takes the place of its own when it is complete, or disappears."""
+    places = {name: folder.absolute() / f".{name}.building" for name in names}
     try:
-        yield place
-        others = {other: entry for other, entry in index.variants.items() if other != name}
-        if name in index.variants:
-            write_text(folder / INDEX, _dump(index.model_copy(update={"variants": others})))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        place.replace(folder / name)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+        for place in places.values():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+        yield places
+    finally:
+        for place in places.values():
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _replace(folder: Path, name: str, place: Path, index: CalibrationIndex) -> None:
+    """Put a folder in a variant's place; the index never tells of a half one."""
+    others = {other: entry for other, entry in index.variants.items() if other != name}
+    if name in index.variants:
+        write_text(folder / INDEX, _dump(index.model_copy(update={"variants": others})))
+    shutil.rmtree(folder / name, ignore_errors=True)
+    place.replace(folder / name)
+
+
+def _work(
+    variants: VariantSet, name: str, passages: Sequence[Passage], place: Path, options: CalibrationOptions
+) -> Work[dict[str, object]]:
+    """The calibration of a variant as a unit of work; its result are the fields that are measured."""
+    checkpoint, divided = variants.variants[name], Passages.divide(passages)
+    # The runs on what is held out have a few lanes, on an eighth of the tokens.
+    return Work(
+        title=f"calibrating {name}",
+        run=partial(_calibrate, name, checkpoint, variants.base, divided, place, options),
+        reads=checkpoint.files | (variants.base.files if variants.base else frozenset()),
+        folder=place,
+        memory_bytes=pass_memory(checkpoint, passages, options),
+    )
+
+
+def _calibrate(
+    name: str,
+    checkpoint: Checkpoint,
+    base: Checkpoint | None,
+    passages: Passages,
+    place: Path,
+    options: CalibrationOptions,
+    progress: Progress,
+) -> dict[str, object]:
+    nll = _write_layers(checkpoint, passages.counted, place, options, progress, name)
+    write_passages(passages, place / PASSAGES)
+    measured = _measure(name, checkpoint, base, passages, options, progress)
+    return {"nll": mean_nll(nll, passages.counted), **measured}
 
 
 def _write_layers(

@@ -165,8 +165,7 @@ def pass_tokens(
         NotEnoughRoom: Fewer than the longest passage has.
     """
     longest = max(passage.num_tokens for passage in passages)
-    fixed = _FIXED_BYTES + _weight_bytes(checkpoint, options) + _kept_bytes(checkpoint, options)
-    each = copies * _token_bytes(checkpoint, longest, options)
+    fixed, each = _needs(checkpoint, longest, options, copies)
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     limit = min(options.max_ram or int(_FREE_SHARE * available), available)
     fitting = max(0, limit - fixed) // each
@@ -177,6 +176,21 @@ def pass_tokens(
             f"passage; {limited_by} {format_size(limit)}"
         )
     return fitting
+
+
+def pass_memory(
+    checkpoint: Checkpoint, passages: Sequence[Passage], options: CalibrationOptions, copies: int = 1
+) -> int:
+    """Bytes of memory that computing all passages at once takes, or the limit if that is less."""
+    fixed, each = _needs(checkpoint, max(passage.num_tokens for passage in passages), options, copies)
+    most = fixed + each * sum(passage.num_tokens for passage in passages)
+    return most if options.max_ram is None else min(most, options.max_ram)
+
+
+def _needs(checkpoint: Checkpoint, longest: int, options: CalibrationOptions, copies: int) -> tuple[int, int]:
+    """Bytes of memory whatever the number of tokens, and for each of them."""
+    fixed = _FIXED_BYTES + _weight_bytes(checkpoint, options) + _kept_bytes(checkpoint, options)
+    return fixed, copies * _token_bytes(checkpoint, longest, options)
 
 
 def _weight_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:

@@ -16,6 +16,7 @@ from moemerge.cli.command import (
     print_findings,
     print_json,
 )
+from moemerge.cli.executors import LOCAL, AddressOption, ExecutorOption, open_executor
 from moemerge.cli.progress import show_progress
 
 TextOption = Annotated[
@@ -45,6 +46,8 @@ def calibrate(
     ] = "float32",
     base: BaseOption = None,
     max_ram: MaxRamOption = None,
+    engine: ExecutorOption = LOCAL,
+    address: AddressOption = None,
     offline: OfflineOption = False,
     allow_pickle: AllowPickleOption = False,
     quiet: QuietOption = False,
@@ -67,11 +70,11 @@ def calibrate(
     memory = parse_max_ram(max_ram)
     options = CalibrationOptions(num_tokens=tokens, window=window, seed=seed, dtype=dtype, max_ram=memory)
     paths = parse_texts(text)
-    with show_progress(quiet=quiet) as progress:
+    with open_executor(engine, address) as executor, show_progress(quiet=quiet) as progress:
         variants = open_sources(
             sources, base, progress, offline=offline, allow_pickle=allow_pickle, quiet=quiet
         )
-        done = calibrate_variants(variants, paths, out, options, progress)
+        done = calibrate_variants(variants, paths, out, options, progress, executor)
     index = done.calibration.index
     if as_json:
         data = {"folder": str(out), "reused": list(done.reused), **index.model_dump(by_alias=True)}

@@ -16,6 +16,7 @@ from moemerge.cli.command import (
     print_json,
 )
 from moemerge.cli.evaluate import RowsOption, TextOption, WindowOption, WindowsOption
+from moemerge.cli.executors import LOCAL, AddressOption, ExecutorOption, open_executor
 from moemerge.cli.progress import show_progress
 from moemerge.errors import InvalidRecipe
 
@@ -53,6 +54,8 @@ def compare(
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves: .png, .svg or .pdf.")
     ] = None,
     max_ram: MaxRamOption = None,
+    engine: ExecutorOption = LOCAL,
+    address: AddressOption = None,
     offline: OfflineOption = False,
     allow_pickle: AllowPickleOption = False,
     quiet: QuietOption = False,
@@ -83,7 +86,7 @@ def compare(
         check_plot(plot)
     budgets, chosen = parse_budgets(budget), parse_methods(methods)
     memory = parse_max_ram(max_ram)
-    with show_progress(quiet=quiet) as progress:
+    with open_executor(engine, address) as executor, show_progress(quiet=quiet) as progress:
         variants = open_sources(
             sources, base, progress, offline=offline, allow_pickle=allow_pickle, quiet=quiet
         )
@@ -99,9 +102,11 @@ def compare(
             folder=out,
             max_ram=memory,
             progress=progress,
+            executor=executor,
         )
         task = opened.task(budgets=budgets, methods=chosen, seed=seed, num_draws=draws)
-        found = compare_methods(task, progress, (lambda line: None) if quiet or as_json else hint)
+        say = (lambda line: None) if quiet or as_json else hint
+        found = compare_methods(task, progress, say, executor)
     if plot:
         draw_curves(found, plot, f"{len(found.names)} variants: {', '.join(found.names)}")
     if as_json:

@@ -12,11 +12,11 @@ from moemerge.checkpoint.sizes import parse_size
 from moemerge.checkpoint.variants import VariantSet, open_variants
 from moemerge.cli.command import print_findings
 from moemerge.errors import InvalidRecipe
+from moemerge.execution import Executor
 from moemerge.progress import Progress
 from moemerge.refs import parse_named_sources, parse_source
 
 if TYPE_CHECKING:
-    from moemerge.calibration.folder import Calibration
     from moemerge.consolidation.measured import Statistics
     from moemerge.consolidation.task import EvidenceOptions
 
@@ -61,6 +61,7 @@ def open_statistics(
     beside: Path | None,
     max_ram: int | None,
     progress: Progress,
+    executor: Executor | None = None,
     quiet: bool = False,
 ) -> Iterator["Statistics | None"]:
     """What costs are measured on: a calibration, one that is made now, or nothing that was given.
@@ -73,6 +74,7 @@ def open_statistics(
             nothing.
         max_ram: Bytes of memory to stay within.
         progress: Told of bytes.
+        executor: Does the work; this process by default.
         quiet: Whether findings are not told.
 
     Raises:
@@ -80,7 +82,9 @@ def open_statistics(
         IncompatibleInputs: It was made with other weights.
         NotFound, UnsupportedCheckpoint, DamagedInput: It cannot be read.
     """
-    from moemerge.calibration.folder import open_calibration
+    from moemerge.calibration.folder import calibrate, open_calibration
+    from moemerge.calibration.passes import CalibrationOptions
+    from moemerge.calibration.texts import parse_texts
     from moemerge.consolidation.measured import TextStatistics
     from moemerge.consolidation.planning import MEASURED
 
@@ -98,29 +102,11 @@ def open_statistics(
         yield TextStatistics(opened, names)
         return
     with _calibration_folder(beside) as folder:
-        yield TextStatistics(
-            _calibrate(variants, evidence, folder, max_ram=max_ram, progress=progress, quiet=quiet), names
-        )
-
-
-def _calibrate(
-    variants: VariantSet,
-    evidence: "EvidenceOptions",
-    folder: Path,
-    *,
-    max_ram: int | None,
-    progress: Progress,
-    quiet: bool,
-) -> "Calibration":
-    from moemerge.calibration.folder import calibrate
-    from moemerge.calibration.passes import CalibrationOptions
-    from moemerge.calibration.texts import parse_texts
-
-    options = CalibrationOptions(num_tokens=evidence.tokens, max_ram=max_ram)
-    done = calibrate(variants, parse_texts(evidence.texts), folder, options, progress)
-    if not quiet:
-        print_findings(done.findings)
-    return done.calibration
+        options = CalibrationOptions(num_tokens=evidence.tokens, max_ram=max_ram)
+        done = calibrate(variants, parse_texts(evidence.texts), folder, options, progress, executor)
+        if not quiet:
+            print_findings(done.findings)
+        yield TextStatistics(done.calibration, names)
 
 
 @contextmanager

@@ -129,6 +129,7 @@ def merge(
             beside=out,
             max_ram=memory,
             progress=progress,
+            executor=executor,
             quiet=quiet,
         ) as statistics:
             merged = merge_variants(

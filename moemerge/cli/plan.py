@@ -107,6 +107,7 @@ def plan(
                 beside=beside,
                 max_ram=memory,
                 progress=progress,
+                executor=executor,
                 quiet=quiet,
             ) as statistics:
                 made = plan_variants(

@@ -5,14 +5,16 @@ Runs when the pools of a plan are in the staging folder. Every variant is a step
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from moemerge.bundle.reader import Bundle
 from moemerge.calibration.lanes import Loss
-from moemerge.calibration.passes import CalibrationOptions
+from moemerge.calibration.passages import Passages
+from moemerge.calibration.passes import CalibrationOptions, pass_memory
 from moemerge.calibration.texts import Passage
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.headers import StoredTensor, read_header
@@ -22,9 +24,12 @@ from moemerge.consolidation.prefix import measure_bundle
 from moemerge.consolidation.repair import repair_variant
 from moemerge.consolidation.staging import WORK, Staging
 from moemerge.errors import InvalidRecipe
+from moemerge.execution import Work
 from moemerge.progress import Progress
 
 _DIGITS = 6
+# The variant as it was, with shared experts, and repaired.
+_LANES = 3
 logger = logging.getLogger(__name__)
 
 
@@ -64,7 +69,7 @@ class Quality:
 
 
 def recall_quality(staging: Staging, number: int, variant: str) -> Quality | None:
-    """What `measure_quality` found before, in an interrupted run."""
+    """What was measured and kept, be it by an interrupted run."""
     found = staging.finished(_step(number, variant))
     if found is None:
         return None
@@ -72,8 +77,62 @@ def recall_quality(staging: Staging, number: int, variant: str) -> Quality | Non
     return Quality(damage=found["damage"], tensors=read_header(path) if found["repaired"] else {})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredQuality:
+    """What is to be journalled of one variant.
+
+    Attributes:
+        files: SHA-256 of the file of repaired tensors by path, when there is one.
+        damage: See `Quality`.
+    """
+
+    files: dict[str, str]
+    damage: dict[str, float]
+
+
+def keep_quality(staging: Staging, number: int, variant: str, measured: MeasuredQuality) -> None:
+    """Make what was measured final."""
+    result = {"damage": measured.damage, "repaired": bool(measured.files)}
+    staging.finish(_step(number, variant), measured.files, result)
+
+
+def quality_work(
+    folder: Path,
+    number: int,
+    variant: str,
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    passages: Passages,
+    gained: float | None,
+    asked: RepairOptions,
+    options: CalibrationOptions,
+) -> Work[MeasuredQuality]:
+    """`measure_quality` as a unit of work."""
+    run = partial(
+        measure_quality,
+        folder.absolute(),
+        number,
+        variant,
+        checkpoint,
+        replace(bundle, folder=folder.absolute()),
+        passages.counted,
+        passages.held_out,
+        gained,
+        asked,
+        options,
+    )
+    every = [*passages.counted, *passages.held_out]
+    return Work(
+        title=f"quality of {variant}",
+        run=run,
+        reads=checkpoint.files,
+        folder=folder.absolute(),
+        memory_bytes=pass_memory(checkpoint, every, options, copies=_LANES),
+    )
+
+
 def measure_quality(
-    staging: Staging,
+    folder: Path,
     number: int,
     variant: str,
     checkpoint: Checkpoint,
@@ -84,11 +143,11 @@ def measure_quality(
     asked: RepairOptions,
     options: CalibrationOptions,
     progress: Progress,
-) -> Quality:
+) -> MeasuredQuality:
     """Repair a variant when that is asked for, and measure what it loses with and without.
 
     Args:
-        staging: Takes the step.
+        folder: Where repaired tensors are written; that of the staging.
         number: Of the round.
         variant: Its name.
         checkpoint: It as it was.
@@ -109,14 +168,11 @@ def measure_quality(
     if changed and losses[2].nll >= losses[1].nll:
         logger.info("variant %s: repair does not help it on passages held out", variant)
         changed = {}
-    files, tensors = {}, {}
+    files = {}
     if changed:
         name = _repaired_file(number, variant)
-        files = {name: _write(staging.folder / name, changed)}
-        tensors = read_header(staging.folder / name)
-    damage = _damage(losses[: 3 if changed else 2], gained)
-    staging.finish(_step(number, variant), files, {"damage": damage, "repaired": bool(changed)})
-    return Quality(damage=damage, tensors=tensors)
+        files = {name: _write(folder / name, changed)}
+    return MeasuredQuality(files=files, damage=_damage(losses[: 3 if changed else 2], gained))
 
 
 def _repair(

@@ -21,7 +21,7 @@ from moemerge.consolidation.gate import Gate
 from moemerge.consolidation.measured import Statistics
 from moemerge.consolidation.plan import ConsolidationPlan, PlannedLayer, dump_plan, read_plan
 from moemerge.consolidation.pools import Errors, layer_work
-from moemerge.consolidation.quality import Quality, RepairOptions, measure_quality, recall_quality
+from moemerge.consolidation.quality import Quality, RepairOptions, keep_quality, quality_work, recall_quality
 from moemerge.consolidation.staging import WORK, Staging
 from moemerge.errors import QualityGateFailed
 from moemerge.execution import Executor
@@ -151,26 +151,32 @@ class Rounds:
     def _measure(self, number: int, plan: ConsolidationPlan, errors: dict[int, Errors]) -> dict[str, Quality]:
         bundle = draft_bundle(self.variants, plan, errors, self.staging.folder)
         gained = self.statistics.gained
-        qualities = {}
-        for name, checkpoint in self.variants.variants.items():
-            passages = self.statistics.passages(name)
-            if passages is None or not passages.held_out:
-                qualities[name] = Quality()
-                continue
-            qualities[name] = recall_quality(self.staging, number, name) or measure_quality(
-                self.staging,
+        options = CalibrationOptions(max_ram=self.max_ram)
+        texts = {name: self.statistics.passages(name) for name in self.variants.variants}
+        missing = {
+            name: passages
+            for name, passages in texts.items()
+            if passages is not None
+            and passages.held_out
+            and recall_quality(self.staging, number, name) is None
+        }
+        works = [
+            quality_work(
+                self.staging.folder,
                 number,
                 name,
-                checkpoint,
+                self.variants.variants[name],
                 bundle,
-                passages.counted,
-                passages.held_out,
+                passages,
                 gained.get(name),
                 self.asked,
-                CalibrationOptions(max_ram=self.max_ram),
-                self.report,
+                options,
             )
-        return qualities
+            for name, passages in missing.items()
+        ]
+        for place, measured in self.executor.map(works, self.report):
+            keep_quality(self.staging, number, list(missing)[place], measured)
+        return {name: recall_quality(self.staging, number, name) or Quality() for name in texts}
 
 
 def corrected(

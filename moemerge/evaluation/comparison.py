@@ -23,7 +23,7 @@ from moemerge.checkpoint.fingerprint import fingerprint
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.budget import Budget
-from moemerge.consolidation.layers import measure_layers
+from moemerge.consolidation.layers import Unjournalled, measure_layers
 from moemerge.consolidation.measured import Statistics
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.quality import RepairOptions
@@ -40,6 +40,7 @@ from moemerge.evaluation.results import (
     write_measured,
 )
 from moemerge.evaluation.samples import Sample
+from moemerge.execution import Executor
 from moemerge.progress import Progress, Silent
 from moemerge.runner.engine import Engine
 from moemerge.runner.options import EngineOptions
@@ -79,7 +80,10 @@ class ComparisonTask:
 
 
 def compare(
-    task: ComparisonTask, progress: Progress | None = None, say: Callable[[str], None] = lambda text: None
+    task: ComparisonTask,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    executor: Executor | None = None,
 ) -> Comparison:
     """Measure every method at every budget, but for what the folder has already.
 
@@ -87,6 +91,7 @@ def compare(
         task: See there.
         progress: Told of bytes.
         say: Told what comes next.
+        executor: Measures and writes layers; this process by default, which always serves and scores.
 
     Raises:
         NotEnoughRoom: Disk or memory.
@@ -101,10 +106,12 @@ def compare(
         missing = [(method, budget) for method, budget in places if not known.find(method, budget.text)]
         if missing:
             work = task.folder / _WORK / identity[:16]
-            materials = gather(task, work, reader, report)
+            materials = gather(task, work, reader, report, executor)
             for number, (method, budget) in enumerate(missing, start=1):
                 say(f"{method} at {budget.text} ({number} of {len(missing)})")
-                known.get(method, budget.text, partial(_measure, task, materials, method, budget, report))
+                known.get(
+                    method, budget.text, partial(_measure, task, materials, method, budget, report, executor)
+                )
             shutil.rmtree(task.folder / _WORK)
         found = [known.find(method, budget.text) for method, budget in places]
     return Comparison(
@@ -117,12 +124,19 @@ def compare(
     )
 
 
-def gather(task: ComparisonTask, folder: Path, reader: TensorReader, progress: Progress) -> Materials:
+def gather(
+    task: ComparisonTask,
+    folder: Path,
+    reader: TensorReader,
+    progress: Progress,
+    executor: Executor | None = None,
+) -> Materials:
     """What methods plan from."""
     folder.mkdir(parents=True, exist_ok=True)
+    steps = Unjournalled(folder)
     return Materials(
         variants=task.variants,
-        layers=measure_layers(task.variants, progress, max_ram=task.max_ram),
+        layers=measure_layers(task.variants, progress, steps=steps, max_ram=task.max_ram, executor=executor),
         statistics=task.statistics,
         reader=reader,
         folder=folder,
@@ -137,6 +151,7 @@ def build_bundle(
     *,
     max_ram: int | None = None,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> tuple[Prepared, Manifest]:
     """Have a method plan, and carry its plan out.
 
@@ -155,6 +170,7 @@ def build_bundle(
         repair=RepairOptions(repair=prepared.repair),
         max_ram=max_ram,
         progress=progress,
+        executor=executor,
     )
     verify_bundle(target)
     return prepared, merged.manifest
@@ -226,12 +242,17 @@ class _Results:
 
 
 def _measure(
-    task: ComparisonTask, materials: Materials, method: str, budget: Budget, report: Progress
+    task: ComparisonTask,
+    materials: Materials,
+    method: str,
+    budget: Budget,
+    report: Progress,
+    executor: Executor | None,
 ) -> Outcome:
     target = materials.folder / f"{method}-{budget.text}.moe"
     try:
         prepared, manifest = build_bundle(
-            materials, method, budget, target, max_ram=task.max_ram, progress=report
+            materials, method, budget, target, max_ram=task.max_ram, progress=report, executor=executor
         )
     except (InvalidRecipe, IncompatibleInputs) as error:
         return Outcome(cannot=str(error))

@@ -20,6 +20,7 @@ from moemerge.evaluation.comparison import ComparisonTask
 from moemerge.evaluation.evaluating import Subject, owner_in, owner_of
 from moemerge.evaluation.methods import METHODS
 from moemerge.evaluation.samples import Sample, SampleSize, TextOwner, load_samples
+from moemerge.execution import Executor
 from moemerge.progress import Progress
 from moemerge.refs import SourceRef, parse_named_sources, parse_source
 
@@ -182,6 +183,7 @@ def open_comparison(
     folder: Path,
     max_ram: int | None,
     progress: Progress,
+    executor: Executor | None = None,
 ) -> ComparisonInputs:
     """Load what is measured on, and open or make the calibration.
 
@@ -197,6 +199,7 @@ def open_comparison(
         folder: For results, and for the calibration that is made.
         max_ram: Bytes of memory to stay within.
         progress: Told of bytes.
+        executor: Calibrates; this process by default.
 
     Raises:
         InvalidRecipe, NotFound: With every problem of the texts.
@@ -213,7 +216,7 @@ def open_comparison(
     else:
         own = parse_texts(calibrate_texts)
         options = CalibrationOptions(num_tokens=tokens, window=window, max_ram=max_ram)
-        done = calibrate(variants, own, folder / "calibration", options, progress)
+        done = calibrate(variants, own, folder / "calibration", options, progress, executor)
         opened, findings = done.calibration, list(done.findings)
     for name, sample in samples.items():
         if opened.index.variants[name].text_sha256 == sample.sha256:

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moemerge.calibration.folder import calibrate
+from moemerge.calibration.passes import CalibrationOptions
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.layers import write_similarity
+from moemerge.consolidation.measured import TextStatistics
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.plan import dump_plan
 from moemerge.consolidation.planning import plan_variants
@@ -82,6 +85,23 @@ def test_similarity_and_plan_are_those_of_the_local_engine(executor, variants, t
     made = plan_variants(variants, options, executor=executor, beside=tmp_path / "plan.json")
     assert dump_plan(made) == dump_plan(plan_variants(variants, options))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "there"]
+
+
+def test_calibration_and_repair_are_those_of_the_local_engine(executor, variants, tmp_path):
+    paths = {name: tmp_path / f"{name}.txt" for name in NAMES}
+    for number, path in enumerate(paths.values(), start=1):
+        path.write_text(" ".join(f"{number * count} is {count} of {number}." for count in range(60)))
+    settings = CalibrationOptions(num_tokens=1024, window=32, reservoir=64)
+    options = options_of("0.6x", "measured", within=False)
+    made = {}
+    for place, engine in (("here", None), ("there", executor)):
+        folder = tmp_path / place
+        done = calibrate(variants, paths, folder / "calibration", settings, executor=engine)
+        statistics = TextStatistics(done.calibration, NAMES)
+        merged = merge(variants, folder / "trio.moe", options, statistics=statistics, executor=engine)
+        made[place] = tree(folder)
+    assert made["there"] == made["here"]
+    assert all("kl" in entry.damage for entry in merged.manifest.variants.values())
 
 
 def wait_for(folder, name, progress):
