@@ -246,8 +246,9 @@ def _handler_for(server: HubServer) -> type[BaseHTTPRequestHandler]:
             try:
                 for first in range(0, stop, _SEND_BYTES):
                     chunk = body[first : min(first + _SEND_BYTES, stop)]
-                    self.wfile.write(chunk)
+                    # Before, so that whoever has received the bytes finds them counted.
                     hub.count(key, len(chunk))
+                    self.wfile.write(chunk)
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True
             if cut is not None:
