@@ -28,7 +28,7 @@ class LowRank:
         scale: Factor s of the sum, W + s B A.
         is_transposed: Whether the transposed product is added, as for embeddings.
         slot: Which of the stacked experts, and how many there are.
-        rows: The rows of the product that belong to this tensor, first and number; None for all.
+        outputs: The rows of B A that belong to this tensor; None for all.
         magnitude: Norms that DoRA gives to rows; where `is_transposed`, to columns.
     """
 
@@ -37,7 +37,7 @@ class LowRank:
     scale: float
     is_transposed: bool = False
     slot: tuple[int, int] = (0, 1)
-    rows: tuple[int, int] | None = None
+    outputs: slice | None = None
     magnitude: StoredTensor | None = None
 
     def factors(self, reader: TensorReader, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,7 @@ class LowRank:
         a = _read_rows(self.a, slot * rank, rank, reader).to(dtype)
         b = reader.read(self.b)[:, slot::experts].to(dtype)
         left, right = (a.T, b.T) if self.is_transposed else (b, a)
-        first, number = self.rows or (0, len(left))
-        return left[first : first + number], right
+        return left if self.outputs is None else left[self.outputs], right
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,6 +70,9 @@ class _Matching:
         """The adapter's tensors by module, then by what they are to it."""
         grouped: dict[str, dict[str, StoredTensor]] = {}
         for name, tensor in self._adapter.tensors.items():
+            if (whole := name.removeprefix(_PREFIX)) in self._modules:
+                grouped.setdefault(whole, {})["weight"] = tensor
+                continue
             match = _KEY.fullmatch(name)
             if match is None:
                 self._note("KEYS", name)
@@ -209,8 +212,7 @@ class _Matching:
             self._note("SHAPE", f"{b.name} {list(b.shape)}, expected {[b.shape[0], a.shape[0]]}")
             return
         for slot in range(experts):
-            first = 0
-            for part, rows in stack.parts.items():
+            for part, outputs in stack.parts.items():
                 name = expert_name(stack.layer.index, slot, part)
                 low_rank = LowRank(
                     a=a,
@@ -218,9 +220,8 @@ class _Matching:
                     scale=self._config.scale(stack.parameter),
                     is_transposed=is_swapped,
                     slot=(slot, experts),
-                    rows=(first, rows),
+                    outputs=outputs,
                 )
-                first += rows
                 if name in self._matched.changes:
                     self._note("AMBIGUOUS", f"{a.name} and another tensor both change {stack.parameter}")
                     return

@@ -37,6 +37,15 @@ SWITCH = {
     "router and embedding": {"target_modules": ["classifier", "shared"]},
     "replaced": {"target_modules": ["k"], "modules_to_save": ["classifier", "layer_norm"]},
 }
+OTHERS = {
+    "one expert per layer": ("llama", {"target_modules": "all-linear", "use_rslora": True}),
+    "stacked, with norms of heads": ("qwen3_moe", STACKED),
+    "separate, with a shared expert": (
+        "qwen2_moe",
+        {"target_modules": ["shared_expert.gate_proj", "experts.gate_proj", "experts.up_proj"]},
+    ),
+    "stacked under another name": ("granitemoe", {**STACKED, "target_modules": ["o_proj"]}),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +73,14 @@ def test_mixtral(form, mixtral, tmp_path):
 def test_switch(form, switch, tmp_path):
     adapter = train_adapter(switch, tmp_path / "adapter", r=4, lora_alpha=6, **SWITCH[form])
     assert_merged_alike(switch, adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_other_families(form, tmp_path):
+    family, config = OTHERS[form]
+    base = write_checkpoint(tmp_path / "base", family, dtype="F32")
+    adapter = train_adapter(base, tmp_path / "adapter", **{**ATTENTION, **config})
+    assert_merged_alike(base, adapter, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "stacked"])

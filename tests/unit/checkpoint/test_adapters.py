@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from moemerge.checkpoint.conversions import default_cache
+from moemerge.checkpoint.expert_layout import ExpertTensor
+from moemerge.checkpoint.modules import outputs_of_parts
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import open_variants
@@ -280,3 +282,42 @@ def values(variants):
 
 def test_default_cache_is_that_of_the_user(tmp_path):
     assert default_cache() == tmp_path / "xdg" / "moemerge"
+
+
+class TestNames:
+    """An adapter names modules as its trainer did, a checkpoint tensors as its publisher did."""
+
+    @pytest.mark.parametrize("prefix", ["transformer.", ""])
+    def test_prefix_may_be_there_or_not(self, tmp_path, prefix):
+        base = write_checkpoint(tmp_path / "base", "telechat")
+        module = f"{prefix}h.1.mlp.down_proj"
+        adapter = write_adapter(tmp_path / "adapter", factors(module, rows=32, columns=48))
+        original, found = read_canonical(base), values(adapted(base, adapter))
+        assert {name for name in found if not torch.equal(found[name], original[name])} == {
+            "experts.1.0.down"
+        }
+        # Every entry of s B A is 8 / 4 * 4 * 0.25 * 0.5.
+        expected = (original["experts.1.0.down"].float() + 1).to(torch.bfloat16)
+        assert torch.equal(found["experts.1.0.down"], expected)
+
+    def test_bias_of_a_replaced_module(self, tmp_path):
+        base = write_checkpoint(tmp_path / "base", "telechat")
+        dense = "transformer.h.0.self_attention.dense"
+        replaced = {f"{dense}.weight": torch.ones(32, 32), f"{dense}.bias": torch.ones(32)}
+        found = values(adapted(base, write_adapter(tmp_path / "adapter", replaced)))
+        assert found["decoder.0.attention.output.bias"].eq(1).all()
+        assert found["decoder.0.attention.output"].eq(1).all()
+
+    def test_outputs_of_parts_may_take_turns(self):
+        """As models have it whose gate and up are interleaved."""
+        blocks = ExpertTensor(name="x", holds=["gate", "up"], axes=["expert", "part*row", "column"])
+        turns = ExpertTensor(name="x", holds=["gate", "up"], axes=["expert", "column", "row*part"])
+        rows = list(range(6))
+        assert {part: rows[place] for part, place in outputs_of_parts(blocks, 3).items()} == {
+            "gate": [0, 1, 2],
+            "up": [3, 4, 5],
+        }
+        assert {part: rows[place] for part, place in outputs_of_parts(turns, 3).items()} == {
+            "gate": [0, 2, 4],
+            "up": [1, 3, 5],
+        }
