@@ -22,7 +22,15 @@ from moemerge.checkpoint.conversions import convert_once
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.checkpoint.side_files import find_side_files
 from moemerge.checkpoint.tensors import TORCH_DTYPES
-from moemerge.checkpoint.weights import INDEX, PICKLE_INDEX, SINGLE, find_pickle_files, require_files
+from moemerge.checkpoint.weights import (
+    ADAPTER,
+    ADAPTER_PICKLE,
+    INDEX,
+    PICKLE_INDEX,
+    SINGLE,
+    find_pickle_files,
+    require_files,
+)
 from moemerge.checkpoint.writer import memory_tensor, write_tensors, write_text
 from moemerge.errors import DamagedInput, UnsupportedCheckpoint
 from moemerge.progress import Progress, Silent
@@ -37,7 +45,7 @@ def convert_pickles(folder: LocalFolder, cache: Path, progress: Progress | None 
     `resolve_ties` to compare. One file is open at a time, mapped rather than read.
 
     Args:
-        folder: Has `pytorch_model.bin`, or an index of such files.
+        folder: Has `pytorch_model.bin`, an index of such files, or an adapter's `adapter_model.bin`.
         cache: Folder of conversions; each is complete or not there.
         progress: Told of bytes converted.
 
@@ -106,7 +114,9 @@ def _write_weights(folder: LocalFolder, names: list[str], place: Path, report: P
     weight_map: dict[str, str] = {}
     total = 0
     for number, name in enumerate(names, start=1):
-        file_name = SINGLE if len(names) == 1 else f"model-{number:05d}-of-{len(names):05d}.safetensors"
+        file_name = f"model-{number:05d}-of-{len(names):05d}.safetensors"
+        if len(names) == 1:
+            file_name = ADAPTER if name == ADAPTER_PICKLE else SINGLE
         tensors = load_pickle(folder.path / name)
         if repeated := tensors.keys() & weight_map.keys():
             raise DamagedInput(

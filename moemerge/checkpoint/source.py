@@ -45,16 +45,15 @@ class Source:
     @property
     def needs_conversion(self) -> bool:
         """Whether tensors are known only after a conversion, which is allowed."""
-        return self.allow_pickle and has_only_pickles(self.repository)
+        return self.allow_pickle and any(map(has_only_pickles, self._halves))
 
     def remote(self) -> "list[HubRepository]":
         """What is not downloaded."""
-        repositories = [self.repository, *([self.adapter] if self.adapter else [])]
-        if all(isinstance(repository, LocalFolder) for repository in repositories):
+        if all(isinstance(half, LocalFolder) for half in self._halves):
             return []
         from moemerge.checkpoint.hub import HubRepository
 
-        return [repository for repository in repositories if isinstance(repository, HubRepository)]
+        return [half for half in self._halves if isinstance(half, HubRepository)]
 
     def look(self) -> Checkpoint | None:
         """The checkpoint from headers; None where only its configuration, if that, can be checked so far."""
@@ -76,13 +75,17 @@ class Source:
         Raises:
             UnsupportedCheckpoint: They would have to be downloaded.
         """
-        if not isinstance(self.repository, LocalFolder) and not download:
-            raise UnsupportedCheckpoint(
-                f"{self.repository.label}: weights are pickles, whose tensors are known only after a "
-                f"download. Run `moemerge pull` with --allow-pickle first"
-            )
-        folder = self._pull(self.repository, progress)
-        return replace(self, repository=convert_pickles(folder, cache / "pickles", progress))
+        halves = list(self._halves)
+        for number, half in enumerate(halves):
+            if not has_only_pickles(half):
+                continue
+            if not isinstance(half, LocalFolder) and not download:
+                raise UnsupportedCheckpoint(
+                    f"{half.label}: weights are pickles, whose tensors are known only after a download. "
+                    f"Run `moemerge pull` with --allow-pickle first"
+                )
+            halves[number] = convert_pickles(self._pull(half, progress), cache / "pickles", progress)
+        return replace(self, repository=halves[0], adapter=halves[1] if self.adapter else None)
 
     def pull(self, progress: Progress | None) -> "Source":
         """The same with everything downloaded."""
@@ -97,6 +100,10 @@ class Source:
         with TensorReader() as reader:
             base = resolve_ties(base, reader)
         return self._adapt(base).apply(cache / "adapters", progress)
+
+    @property
+    def _halves(self) -> list[Repository]:
+        return [self.repository, *([self.adapter] if self.adapter else [])]
 
     def _adapt(self, base: Checkpoint) -> Adapted:
         assert self.adapter is not None

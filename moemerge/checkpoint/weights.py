@@ -47,6 +47,8 @@ def find_weight_files(repository: Repository) -> list[str]:
 def has_only_pickles(repository: Repository) -> bool:
     """Whether weights are there as pickles and not as safetensors, which would win."""
     files = repository.files()
+    if is_adapter(repository):
+        return ADAPTER_PICKLE in files and ADAPTER not in files
     has_pickles = PICKLE_SINGLE in files or PICKLE_INDEX in files
     return has_pickles and SINGLE not in files and INDEX not in files
 
@@ -77,7 +79,7 @@ def find_pickle_files(repository: Repository) -> list[str]:
     """
     if PICKLE_INDEX in repository.files():
         return sorted(set(_weight_map(repository, PICKLE_INDEX).values()))
-    return [PICKLE_SINGLE]
+    return [ADAPTER_PICKLE if is_adapter(repository) else PICKLE_SINGLE]
 
 
 def require_files(repository: Repository, names: list[str], index: str) -> None:
@@ -184,19 +186,15 @@ def _check_index(repository: Repository, tensors: dict[str, StoredTensor]) -> No
 
 def _explain_no_weights(repository: Repository) -> str:
     files = repository.files()
-    if ADAPTER_PICKLE in files:
-        return (
-            f"an adapter whose weights are a pickle ({ADAPTER_PICKLE}), which can run code when opened. "
-            f"Load it with peft and save it again: save_pretrained writes {ADAPTER}"
-        )
-    if ADAPTER_CONFIG in files:
-        return f"an adapter without {ADAPTER}. Is the download complete?"
+    kinds = (PICKLE_SINGLE, PICKLE_INDEX, ADAPTER_PICKLE)
     if has_only_pickles(repository):
         return (
-            f"weights are pickles ({PICKLE_SINGLE if PICKLE_SINGLE in files else PICKLE_INDEX}), which can "
+            f"weights are pickles ({next(name for name in kinds if name in files)}), which can "
             f"run code when opened. Use a revision with safetensors, or pass --allow-pickle to convert them "
             f"with a reader that runs nothing"
         )
+    if ADAPTER_CONFIG in files:
+        return f"an adapter without {ADAPTER}. Is the download complete?"
     if shards := [name for name in files if _PICKLES.fullmatch(name)]:
         return f"{shards[0]} is a shard, but there is no {PICKLE_INDEX}. Is the download complete?"
     if any(name.startswith("gptq_model") or name == "quantize_config.json" for name in files):

@@ -83,6 +83,13 @@ def test_exported_variant_is_base_and_adapter(family):
     assert changed["num_changed"] == len(ATTENTION)
 
 
+def test_quality_is_measured_beside_base_and_adapter(family):
+    (family / "text.txt").write_text("the law of the sea\n" * 40)
+    program("merge", "law=./base+./law", "code=./code", "--budget", "exact", "-o", "duo.moe", cwd=family)
+    compared = ("--original", "law=./base+./law", "--base", "./base")
+    program("eval", "./duo.moe", "--text", "law=text.txt", *compared, "-o", "quality", cwd=family)
+
+
 def test_similarity_calibration_and_plan_take_it(family):
     (family / "text.txt").write_text("the law of the sea\n" * 40)
     sources = ("law=./base+./law", "sums=./sums")

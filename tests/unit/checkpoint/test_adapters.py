@@ -1,9 +1,11 @@
 """What is refused about an adapter, each with where, what and what to do; and what becomes of its files."""
 
 import json
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moemerge.checkpoint.conversions import default_cache
 from moemerge.checkpoint.expert_layout import ExpertTensor
@@ -155,14 +157,31 @@ def test_damaged_file(base, tmp_path):
         adapted(base, adapter)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", None])
-def test_adapter_without_safetensors(base, tmp_path, name):
+def test_adapter_without_weights(base, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", factors())
     (adapter / "adapter_model.safetensors").unlink()
-    if name:
-        (adapter / name).write_bytes(b"pickle")
-    with pytest.raises(MoemergeError, match="pickle .*save it again" if name else "Is the download complete"):
+    with pytest.raises(MoemergeError, match=r"an adapter without adapter_model\.safetensors"):
         adapted(base, adapter)
+
+
+def test_pickle_is_converted_when_that_is_allowed(base, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", factors(), base_model_name_or_path=str(base))
+    expected = values(adapted(base, adapter))
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(MoemergeError, match=r"pickles \(adapter_model\.bin\).*--allow-pickle"):
+        adapted(base, adapter)
+    found = values(open_variants({"a": FolderRef(adapter)}, allow_pickle=True))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_pickle_that_asks_for_code_is_refused(base, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", factors())
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps({"x": print}, protocol=2))
+    with pytest.raises(MoemergeError, match="the pickle asks to run print; nothing of it was run"):
+        adapted(base, adapter, allow_pickle=True)
 
 
 def test_halves_in_the_wrong_order(base, tmp_path):
