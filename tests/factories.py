@@ -78,6 +78,8 @@ _CLASSES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
+    "dbrx": "DbrxForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "phimoe": "PhimoeForCausalLM",
 }
@@ -357,9 +359,10 @@ def _lay_out(experts: Tensor, axes: list[str]) -> Tensor:
     """Experts [expert, part, row, column] or [expert, part, row] with their dimensions as `axes` say."""
     dimensions = ["expert", "part", "row", "column"][: experts.ndim]
     factors = [axis.split("*") for axis in axes]
-    order = [dimensions.index(factor) for own in factors for factor in own]
+    named = [dimensions.index(factor) for own in factors for factor in own]
+    order = [number for number in range(experts.ndim) if number not in named] + named
     sizes = [math.prod(experts.shape[dimensions.index(factor)] for factor in own) for own in factors]
-    return experts.permute(order).reshape(sizes)
+    return experts.permute(order).reshape(sizes).contiguous()
 
 
 def _tied_copies(family: Family, settings: Settings, named: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,10 @@ from moemerge.errors import Finding, UnsupportedCheckpoint, raise_findings
 
 logger = logging.getLogger(__name__)
 Parts = dict[str, StoredTensor]
+_UNQUANTISED = "Use the unquantised repository"
+_DEQUANTISED = {
+    "mxfp4": "Load it in transformers with Mxfp4Config(dequantize=True), save it, and give that folder"
+}
 EXPERTS = "experts."
 """How canonical names of expert tensors begin."""
 
@@ -195,13 +199,13 @@ def _refuse_quantised(config: dict[str, Any], repository: Repository) -> None:
             method = (
                 config[key].get("quant_method", "unknown") if isinstance(config[key], dict) else "unknown"
             )
-            raise _quantised(f"{repository.label}/config.json", f"{key}: quantised by {method}")
+            fix = _DEQUANTISED.get(method, _UNQUANTISED)
+            raise _quantised(f"{repository.label}/config.json", f"{key}: quantised by {method}", fix)
     if "quantize_config.json" in repository.files():
         raise _quantised(f"{repository.label}/quantize_config.json", "quantised by GPTQ")
 
 
-def _quantised(where: str, found: str) -> UnsupportedCheckpoint:
-    fix = "Use the unquantised repository"
+def _quantised(where: str, found: str, fix: str = _UNQUANTISED) -> UnsupportedCheckpoint:
     finding = Finding(level="error", code="QUANTISED", where=where, found=found, fix=fix)
     return UnsupportedCheckpoint(str(finding), [finding])
 

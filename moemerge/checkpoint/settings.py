@@ -109,9 +109,9 @@ def _read_setting(
 def _absent(name: str, rule: SettingRule, settings: Settings, where: str) -> tuple[Setting, list[Finding]]:
     if rule.default_from:
         values = [settings.get(source) for source in rule.default_from]
+        if len(values) == 1 and values[0] is not None:
+            return values[0], []
         numbers = [value for value in values if isinstance(value, int)]
-        if len(numbers) == 1 == len(values):
-            return numbers[0], []
         if len(numbers) == 2 and numbers[1] > 0 and numbers[0] % numbers[1] == 0:
             return numbers[0] // numbers[1], []
     for truth, default in (rule.default_if or {}).items():

@@ -49,6 +49,7 @@ class DecoderConfig:
     Attributes:
         max_positions: What the model was made for; callers limit requests with it, the forward pass does not.
         sliding_window: Positions that a token sees, itself included; None for all before it.
+        layer_types: Of each layer `sliding_attention` or `full_attention`; None if the window is for all.
         norm: Between layers.
         head_size: Width of a head of grouped attention; of latent attention that of its rotated part.
         latent_size: Width of what latent attention keeps of a token besides a rotated key; None for grouped
@@ -65,7 +66,10 @@ class DecoderConfig:
         shared_expert: How what a layer's shared expert gives is added to what the routed ones give.
         has_qkv_bias: Whether queries, keys and values have biases.
         has_output_bias: Whether the attention's output has one.
+        has_router_bias: Whether routers have biases.
+        has_sinks: Whether every head has one more score that takes attention from all keys and gives nothing.
         has_head_bias: Whether logits have one.
+        has_fused_query_key_value: Whether all queries, keys and values come of one matrix, in this order.
         has_fused_key_value: Whether the keys and the values of a head come of one matrix, in this order.
         has_embedding_norm: Whether embeddings are normed before the first layer.
         routes_in_float32: Whether routers compute in float32 whatever the rest does.
@@ -85,6 +89,7 @@ class DecoderConfig:
     routing: Routing
     tied_head: bool
     sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
     norm: Norm = Norm.ROOT_MEAN_SQUARE
     latent_size: int | None = None
     unrotated_size: int | None = None
@@ -99,13 +104,18 @@ class DecoderConfig:
     shared_expert: SharedExpert = SharedExpert.NONE
     has_qkv_bias: bool = False
     has_output_bias: bool = False
+    has_router_bias: bool = False
+    has_sinks: bool = False
     has_head_bias: bool = False
+    has_fused_query_key_value: bool = False
     has_fused_key_value: bool = False
     has_embedding_norm: bool = False
     routes_in_float32: bool = False
 
     def __post_init__(self) -> None:
         _require(self.num_heads % self.num_kv_heads == 0, "num_heads is no multiple of num_kv_heads")
+        has_types = self.layer_types is None or len(self.layer_types) == self.num_layers
+        _require(has_types, f"layer_types are not {self.num_layers}")
         has_parts = (self.latent_size is None) == (self.unrotated_size is None)
         _require(has_parts, "latent_size and unrotated_size belong together")
         has_threshold = self.routing_threshold is not None or self.routing != Routing.SPARSEMIXER
@@ -180,8 +190,9 @@ def _read(kind: type, settings: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _value(name: str, value: Any, kind: Any) -> Any:
-    if any(get_origin(option) is tuple for option in get_args(kind)):
-        return tuple(map(float, json.loads(value)))
+    listed = next((option for option in get_args(kind) if get_origin(option) is tuple), None)
+    if listed is not None:
+        return tuple(map(get_args(listed)[0], json.loads(value)))
     kind = next((option for option in get_args(kind) if option is not NoneType), kind)
     if issubclass(kind, StrEnum):
         known = ", ".join(kind)

@@ -30,6 +30,8 @@ class Decoder:
     def __init__(self, config: DecoderConfig, on_route: RouteObserver | None = None) -> None:
         self.config = config
         self.on_route = on_route
+        types = config.layer_types or ("sliding_attention",) * config.num_layers
+        self._windows = [config.sliding_window if kind == "sliding_attention" else None for kind in types]
         self._attention = LatentAttention(config) if config.latent_size else GroupedAttention(config)
 
     def forward(
@@ -51,12 +53,13 @@ class Decoder:
             hidden_TD = hidden_TD * config.embedding_factor
         tables = self._attention.tables(batch.positions_T, hidden_TD.dtype)
         granularity = 1 if keys is None else keys.granularity
-        groups = plan_groups(
-            batch.spans, config.sliding_window, granularity, hidden_TD.device, hidden_TD.dtype
-        )
-        for layer_index in range(config.num_layers):
+        groups = {
+            window: plan_groups(batch.spans, window, granularity, hidden_TD.device, hidden_TD.dtype)
+            for window in dict.fromkeys(self._windows)
+        }
+        for layer_index, window in enumerate(self._windows):
             normed_TD = self._norm(f"decoder.{layer_index}.attention_norm", hidden_TD, weights)
-            added_TD = self._attention.attend(layer_index, normed_TD, weights, tables, groups, keys)
+            added_TD = self._attention.attend(layer_index, normed_TD, weights, tables, groups[window], keys)
             hidden_TD = torch.add(hidden_TD, added_TD, alpha=config.residual_factor)
             normed_TD = self._norm(f"decoder.{layer_index}.ffn_norm", hidden_TD, weights)
             added_TD = self._feed_forward(layer_index, normed_TD, weights, experts)
@@ -86,6 +89,8 @@ class Decoder:
             return one_expert(normed_TD)
         routed_TD = normed_TD.float() if config.routes_in_float32 else normed_TD
         logits_TE = weights.linear(f"decoder.{layer_index}.router", routed_TD)
+        if config.has_router_bias:
+            logits_TE = weights.add(f"decoder.{layer_index}.router.bias", logits_TE)
         if config.routing_threshold is not None:
             return sparsemixer(logits_TE, config.num_experts_per_token, config.routing_threshold)
         route = TOKEN_ROUTINGS[config.routing](logits_TE, config.num_experts_per_token)

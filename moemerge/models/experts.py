@@ -27,21 +27,37 @@ class Activation(StrEnum):
 
     SILU_GATED = "silu_gated"
     SILU_GATED_DOWN_BIAS = "silu_gated_down_bias"
+    CLAMPED_SWIGLU = "clamped_swiglu"
     RELU = "relu"
 
 
 def silu_gated(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
     """`down(silu(gate x) * (up x))`; `gate_up` [2F, D], gate above up, stands for both of them."""
-    if f"{prefix}gate_up" in weights:
-        gate_TF, up_TF = weights.linear(f"{prefix}gate_up", hidden_TD).chunk(2, dim=-1)
-    else:
-        gate_TF, up_TF = weights.linear(f"{prefix}gate", hidden_TD), weights.linear(f"{prefix}up", hidden_TD)
+    gate_TF, up_TF = _gate_and_up(weights, prefix, hidden_TD)
     return weights.linear(f"{prefix}down", functional.silu(gate_TF) * up_TF)
 
 
 def silu_gated_down_bias(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
     """`silu_gated` plus `down_bias` [D]: gates scale an expert's bias as all of its output."""
     return weights.add(f"{prefix}down_bias", silu_gated(weights, prefix, hidden_TD))
+
+
+def clamped_swiglu(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
+    """`down(s(gate x) * (up x + 1))` with biases, `s(y) = y sigmoid(1.702 y)`; gates to 7, ups to within 7.
+
+    Source: gpt-oss, `swiglu` of its published model code.
+    """
+    gate_TF, up_TF = _gate_and_up(weights, prefix, hidden_TD)
+    gate_TF = weights.add(f"{prefix}gate_bias", gate_TF).clamp(max=7.0)
+    up_TF = weights.add(f"{prefix}up_bias", up_TF).clamp(-7.0, 7.0)
+    inner_TF = gate_TF * (1.702 * gate_TF).sigmoid() * (up_TF + 1)
+    return weights.add(f"{prefix}down_bias", weights.linear(f"{prefix}down", inner_TF))
+
+
+def _gate_and_up(weights: Weights, prefix: str, hidden_TD: Tensor) -> Sequence[Tensor]:
+    if f"{prefix}gate_up" in weights:
+        return weights.linear(f"{prefix}gate_up", hidden_TD).chunk(2, dim=-1)
+    return weights.linear(f"{prefix}gate", hidden_TD), weights.linear(f"{prefix}up", hidden_TD)
 
 
 def relu(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
@@ -52,6 +68,7 @@ def relu(weights: Weights, prefix: str, hidden_TD: Tensor) -> Tensor:
 ACTIVATIONS: Mapping[Activation, Callable[[Weights, str, Tensor], Tensor]] = {
     Activation.SILU_GATED: silu_gated,
     Activation.SILU_GATED_DOWN_BIAS: silu_gated_down_bias,
+    Activation.CLAMPED_SWIGLU: clamped_swiglu,
     Activation.RELU: relu,
 }
 """Feed-forward networks [T, D] to [T, D] over weights whose roles begin with a prefix."""

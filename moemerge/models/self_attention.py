@@ -42,24 +42,28 @@ class GroupedAttention:
         """Output [T, D] of a layer's attention."""
         config = self._config
         role = f"decoder.{layer_index}.attention"
-        query = weights.linear(f"{role}.query", normed_TD)
-        key, value = self._keys_and_values(role, normed_TD, weights)
+        query, key, value = self._project(role, normed_TD, weights)
         if self._is_adjusted:
             query, key, value = self._adjust(role, query, key, value, weights)
         query = rotate(query.view(-1, config.num_heads, config.head_size), tables)
         key = rotate(key.view(-1, config.num_kv_heads, config.head_size), tables)
         value = value.view(-1, config.num_kv_heads, config.head_size)
-        mixed_TD = attend(groups, layer_index, query, key, value, keys, self._scale)
+        sinks_TH = self._sinks(role, query, weights) if config.has_sinks else None
+        mixed_TD = attend(groups, layer_index, query, key, value, keys, self._scale, sinks_TH)
         output_TD = weights.linear(f"{role}.output", mixed_TD)
         return weights.add(f"{role}.output.bias", output_TD) if config.has_output_bias else output_TD
 
-    def _keys_and_values(self, role: str, normed_TD: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        """[T, G*h] each, or [T, G, h]."""
-        if not self._config.has_fused_key_value:
-            return weights.linear(f"{role}.key", normed_TD), weights.linear(f"{role}.value", normed_TD)
-        both = weights.linear(f"{role}.key_value", normed_TD)
-        key, value = both.view(len(both), -1, 2, self._config.head_size).unbind(2)
-        return key, value
+    def _project(self, role: str, normed_TD: Tensor, weights: Weights) -> Sequence[Tensor]:
+        """Queries [T, H*h], keys and values [T, G*h] each, or [T, G, h]."""
+        config = self._config
+        if config.has_fused_query_key_value:
+            sizes = [config.num_heads * config.head_size, *[config.num_kv_heads * config.head_size] * 2]
+            return torch.split(weights.linear(f"{role}.query_key_value", normed_TD), sizes, dim=-1)
+        query = weights.linear(f"{role}.query", normed_TD)
+        if config.has_fused_key_value:
+            both = weights.linear(f"{role}.key_value", normed_TD)
+            return query, *both.view(len(both), -1, 2, config.head_size).unbind(2)
+        return query, weights.linear(f"{role}.key", normed_TD), weights.linear(f"{role}.value", normed_TD)
 
     def _adjust(self, role: str, query: Tensor, key: Tensor, value: Tensor, weights: Weights) -> list[Tensor]:
         """What stands between projections and rotation: biases, norms of queries and keys, clipping."""
@@ -80,3 +84,6 @@ class GroupedAttention:
             return weights.norm(role, projected_TN, self._config.norm_eps)
         heads = projected_TN.view(len(projected_TN), -1, self._config.head_size)
         return weights.norm(role, heads, self._config.norm_eps)
+
+    def _sinks(self, role: str, query_THh: Tensor, weights: Weights) -> Tensor:
+        return weights.add(f"{role}.sinks", query_THh.new_zeros(query_THh.shape[:2]))

@@ -147,7 +147,10 @@ class MixedVariants:
         return runs
 
 
-_MULTIPLIED = ("query", "key", "value", "key_value", "output", "latent", "wi", "wo", "gate", "up", "down")
+_MULTIPLIED = (
+    *("query", "key", "value", "key_value", "query_key_value", "latent", "output"),
+    *("wi", "wo", "gate", "up", "down"),
+)
 
 
 def is_only_multiplied(role: str) -> bool:

@@ -59,9 +59,18 @@ LONGROPE = {
 }
 RENORMALISED = {"routing": "softmax_topk_renormalised"}
 CASES = {
+    "dbrx": [{"projection_clip": 8.0}, {"projection_clip": 0.5, "rope_theta": 500.0, "stated_theta": 500.0}],
     "deepseek_v2": [
         {"num_kv_heads": 4},
         {"num_kv_heads": 4, "first_routed": 1, "num_layers": 3, "routed_factor": 2.5, **YARN},
+    ],
+    "gpt_oss": [
+        {"layer_types": '["full_attention", "full_attention"]', **YARN, "rope_is_truncated": False},
+        {
+            "layer_types": '["sliding_attention", "full_attention"]',
+            "sliding_window": 5,
+            "rope_type": "default",
+        },
     ],
     "granitemoe": [{}, GRANITE],
     "llama": [{}, LLAMA3, {"rope_type": "linear", "rope_factor": 4.0}, {"attention_bias": True}],

@@ -1,5 +1,6 @@
 """Kinds of checkpoint that are not read: each message names the sign and says what to do instead."""
 
+import json
 import re
 
 import pytest
@@ -30,12 +31,48 @@ def replace_weights(folder, *names: str) -> None:
         (folder / name).write_bytes(b"not opened")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "mxfp4", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
 def test_quantised_config(folder, method):
     edit_json(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
     message = refusal(folder)
     assert re.search(rf"config.json: quantization_config: quantised by {method}", message)
     assert "Use the unquantised repository" in message
+
+
+def test_gpt_oss_as_published_says_how_to_dequantise_it(tmp_path):
+    layers = {"layer_types": '["sliding_attention", "full_attention"]'}
+    folder = write_checkpoint(tmp_path / "model", "gpt_oss", settings=layers)
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
+    message = refusal(folder)
+    assert "quantised by mxfp4" in message
+    assert "Mxfp4Config(dequantize=True)" in message
+    edit_json(folder / "config.json", quantization_config=None)
+    name = "model.layers.0.mlp.experts.down_proj"
+    blocks = torch.zeros(4, 8, dtype=torch.uint8)
+    edit_tensors(folder / "model.safetensors", lambda t: (t.pop(name), t.update({f"{name}_blocks": blocks})))
+    assert f"quantised weights ({name}_blocks)" in refusal(folder, IncompatibleInputs)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("deepseek_v2", "q_lora_rank", 8),
+        ("deepseek_v2", "norm_topk_prob", True),
+        ("deepseek_v2", "topk_method", "group_limited_greedy"),
+        ("qwen3_moe", "use_sliding_window", True),
+        ("qwen2_moe", "layer_types", ["full_attention", "sliding_attention"]),
+        ("llama", "mlp_bias", True),
+        ("dbrx", "ffn_config", {"moe_normalize_expert_weights": 2}),
+    ],
+)
+def test_arithmetic_that_is_not_computed_is_named(family, key, value, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", family)
+    config = json.loads((folder / "config.json").read_text())
+    changed = {**config[key], **value} if isinstance(value, dict) else value
+    edit_json(folder / "config.json", **{key: changed})
+    message = refusal(folder, IncompatibleInputs)
+    assert key.partition(".")[0] in message or "moe_normalize_expert_weights" in message
+    assert "expected" in message
 
 
 def test_quantize_config_file(folder):

@@ -11,6 +11,7 @@ from moemerge.models.routing import (
     drop_over_capacity,
     softmax_topk,
     softmax_topk_renormalised,
+    sparsemixer,
     switch_top1,
     topk_softmax,
 )
@@ -49,6 +50,34 @@ def test_gates_are_float32_whatever_the_logits_are(routing):
     exact = routing(torch.tensor([[0.1, 0.7, 0.3]], dtype=torch.bfloat16).double(), 2)
     assert route.gates_TK.dtype == torch.float32
     torch.testing.assert_close(route.gates_TK, exact.gates_TK, atol=1e-6, rtol=0)
+
+
+def sparsemixer_plain(scores, num_chosen, threshold):
+    """One token, slot by slot."""
+    left, chosen = dict(enumerate(scores)), []
+    for _ in range(num_chosen):
+        best = max(left, key=left.get)
+        near = [
+            slot
+            for slot, score in left.items()
+            if (left[best] - score) / max(abs(score), left[best]) <= 2 * threshold
+        ]
+        chosen.append((best, math.exp(left[best]) / sum(math.exp(left[slot]) for slot in near)))
+        del left[best]
+    return chosen
+
+
+def test_sparsemixer_weighs_each_choice_against_those_that_are_near():
+    logits = 4 + torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) / 8
+    route, shared = sparsemixer(logits, 2, 0.01), 0
+    for token, scores in enumerate(logits.tolist()):
+        slots, gates = zip(*sparsemixer_plain(scores, 2, 0.01), strict=True)
+        assert route.slots_TK[token].tolist() == list(slots)
+        assert route.gates_TK[token].tolist() == pytest.approx(gates, abs=1e-5)
+        shared += min(gates) < 0.99
+    assert 0 < shared < 40, "scores that nearly tie, and others"
+    apart = sparsemixer(torch.tensor([[1.0, 3.0, 2.0, -1.0]]), 2, 0.01)
+    assert apart.gates_TK.tolist() == [[1.0, 1.0]]
 
 
 def switch_logits(*slots: int, num_slots: int = 3) -> torch.Tensor:
