@@ -31,10 +31,12 @@ FAMILIES = {
 }
 BUDGETS = {4: "0.4x,0.6x,0.8x,1x,1.25x", 3: "0.4x,0.6x,0.8x,1x", 2: "0.4x,0.6x,1x"}
 TOKENS = 32768
-SIZE = SampleSize(windows=96, rows=400)
+WINDOWS, ROWS = 96, 400
 
 
-def run(families: Path, family: str, count: int, methods: list[str], out: Path) -> Comparison:
+def run(
+    families: Path, family: str, count: int, methods: list[str], out: Path, size: SampleSize
+) -> Comparison:
     """Compare methods on the first so many variants of a family."""
     names, place = FAMILIES[family]
     variants = open_variants(
@@ -54,7 +56,7 @@ def run(families: Path, family: str, count: int, methods: list[str], out: Path) 
     paths = texts("test")
     task = ComparisonTask(
         variants=chosen,
-        samples=load_samples(owners, {name: paths[name] for name in owners}, SIZE),
+        samples=load_samples(owners, {name: paths[name] for name in owners}, size),
         statistics=TextStatistics(done.calibration, names[:count]),
         budgets=parse_budgets(BUDGETS[count]),
         methods=methods,
@@ -104,11 +106,14 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--images", type=Path, help="folder for quality-<family>.png, of four variants")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--windows", type=int, default=WINDOWS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    size = SampleSize(windows=arguments.windows, rows=ROWS)
     for family in arguments.family or FAMILIES:
         for count in arguments.variants or BUDGETS:
-            found = run(arguments.families, family, count, parse_methods(arguments.methods), arguments.out)
+            methods = parse_methods(arguments.methods)
+            found = run(arguments.families, family, count, methods, arguments.out, size)
             print(f"\n{family}, {count} variants\n")
             print_markdown(found)
             if arguments.images and count == max(BUDGETS):

@@ -22,7 +22,7 @@ from moemerge.calibration.passes import (
     measure_nll,
     pass_memory,
 )
-from moemerge.calibration.sensitivity import measure_sensitivity
+from moemerge.calibration.sensitivity import Response, measure_sensitivity
 from moemerge.calibration.statistics import LayerStatistics, layer_of_tensors, layer_tensors
 from moemerge.calibration.texts import Passage, Text, load_texts
 from moemerge.checkpoint.checkpoint import Checkpoint
@@ -47,6 +47,8 @@ INDEX = "calibration.json"
 # What a base is compared on, and what layers are disturbed on, spread over the text.
 _COMPARED_TOKENS, _DISTURBED_TOKENS = 8192, 2048
 _DIGITS = 6
+MEASURED = ("nll", "base_nll_excess", "sensitivity", "response")
+"""Fields of an entry that follow from the others."""
 
 
 class VariantCalibration(BaseModel):
@@ -66,7 +68,7 @@ class VariantCalibration(BaseModel):
         nll: Mean negative log-likelihood in nats of the variant on what was counted.
         base_nll_excess: By how much the base's is higher, on a part of the text that was not counted
             where there is one; None without a base.
-        sensitivity: By layer index, nats lost for each unit of damage there; see `sensitivity.Sensitivity`.
+        sensitivity, response: What damage to its layers costs; see `sensitivity.Sensitivity`.
         moemerge: Version that made it.
     """
 
@@ -84,12 +86,13 @@ class VariantCalibration(BaseModel):
     nll: float
     base_nll_excess: float | None = None
     sensitivity: dict[int, float] = Field(default_factory=dict)
+    response: Response = Response()
     moemerge: str
 
     @property
     def identity(self) -> str:
         """What decides all that is measured: weights, text and settings."""
-        return self.model_dump_json(exclude={"nll", "base_nll_excess", "sensitivity", "moemerge"})
+        return self.model_dump_json(exclude={*MEASURED, "moemerge"})
 
 
 class CalibrationIndex(BaseModel):
@@ -407,12 +410,17 @@ def _measure(
     disturbed = spread(every, _DISTURBED_TOKENS)
     found = measure_sensitivity(checkpoint, disturbed, options, progress, f"disturbing {name}")
     measured: dict[str, object] = {
-        "sensitivity": {index: float(f"{value:.{_DIGITS}g}") for index, value in found.by_layer.items()}
+        "sensitivity": {index: _rounded(value) for index, value in found.by_layer.items()},
+        "response": Response(*map(_rounded, found.response)),
     }
     if base is not None:
         chosen = spread(every, _COMPARED_TOKENS)
         measured["base_nll_excess"] = _compare(name, checkpoint, base, chosen, options, progress)
     return measured
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
 
 
 def _compare(

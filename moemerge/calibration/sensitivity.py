@@ -1,14 +1,16 @@
 """What damage in a layer costs a variant, in nats: its experts are disturbed a little, one layer at a time.
 
 Every layer is disturbed in a lane of its own, beside the variant as it is, in one pass over the same
-passages.
+passages; in two more lanes all of them are, much and little. A small disturbance costs more than its share:
+it sends some tokens to other experts, and how many grows with its size, not with its square.
 
 Shapes: T tokens, D model width.
 """
 
-from collections import defaultdict
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,22 +25,36 @@ from moemerge.checkpoint.tensors import TensorReader
 from moemerge.models import Route, build_model
 from moemerge.progress import Progress, Silent
 
-_DISTURBANCE = 0.1
-"""Of every matrix, over the root mean square of its entries: about what four bits or a sibling do to it."""
+_MUCH, _LITTLE = 0.1, 0.02
+"""Of every matrix, over the root mean square of its entries: about what four bits do to it, and six."""
+_EXPONENTS = (0.4, 1.0)
+"""A loss grows with the square root of damage when tokens change experts, with damage when they do not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
     """What was measured of a variant.
 
+    Damage is the square of what is added to a layer's output over the square of the output.
+
     Attributes:
-        nll: Of the variant as it is, in nats per predicted token.
-        by_layer: By layer index, nats of divergence per unit of damage; damage is the square of what is added
-            to a layer's output over the square of the output.
+        by_layer: By layer index, nats of divergence per unit of damage, when that layer is much disturbed.
+        response: What is lost of all layers together.
     """
 
-    nll: float
     by_layer: Mapping[int, float]
+    response: "Response"
+
+
+class Response(NamedTuple):
+    """Nats that are lost when all layers are damaged, as a power of the sum of damage by sensitivity."""
+
+    scale: float = 1.0
+    exponent: float = 1.0
+
+    def nats(self, weighted_damage: float) -> float:
+        """What is lost, of the sum over layers of damage times sensitivity."""
+        return self.scale * weighted_damage**self.exponent if weighted_damage > 0 else 0.0
 
 
 def measure_sensitivity(
@@ -64,57 +80,90 @@ def measure_sensitivity(
     report = progress or Silent()
     report.start(title, checkpoint.expert_bytes + checkpoint.other_bytes)
     indices = [layer.index for layer in checkpoint.routed_layers]
+    disturbed = [*((index, _MUCH) for index in indices), (None, _MUCH), (None, _LITTLE)]
     with TensorReader() as reader:
         source = CheckpointSource(checkpoint, reader, DTYPES[options.dtype], report.advance)
-        experts = _DisturbedExperts(source, indices, options.seed)
-        lanes = [Lane(source, experts)] * (1 + len(indices))
-        own, *disturbed = measure_lanes(passages, lanes, options)
+        experts = _DisturbedExperts(source, [_Lane(*one) for one in disturbed], options.seed)
+        lanes = [Lane(source, experts)] * (1 + len(disturbed))
+        _, *losses = measure_lanes(passages, lanes, options)
+    damage = experts.damage()
     by_layer = {
-        index: loss.kl / experts.damage(index) if experts.damage(index) > 0 else 0.0
-        for index, loss in zip(indices, disturbed, strict=True)
+        index: loss.kl / damage[number][index] if damage[number][index] > 0 else 0.0
+        for number, (index, loss) in enumerate(zip(indices, losses, strict=False))
     }
-    return Sensitivity(own.nll, by_layer)
+    weighted = [
+        sum(by_layer[index] * damage[number][index] for index in indices)
+        for number in (len(indices), len(indices) + 1)
+    ]
+    return Sensitivity(by_layer, _response(weighted, [loss.kl for loss in losses[-2:]]))
+
+
+def _response(weighted: Sequence[float], nats: Sequence[float]) -> Response:
+    """The power law through two measurements, much and little disturbed."""
+    if min(*weighted, *nats) <= 0 or weighted[0] == weighted[1]:
+        return Response()
+    least, most = _EXPONENTS
+    slope = math.log(nats[0] / nats[1]) / math.log(weighted[0] / weighted[1])
+    exponent = min(max(slope, least), most)
+    return Response(nats[1] / weighted[1] ** exponent, exponent)
+
+
+class _Lane(NamedTuple):
+    """Which layer is disturbed, None for all, and how much."""
+
+    layer_index: int | None
+    size: float
 
 
 class _DisturbedExperts:
-    """`Experts` of lanes: the first as it is, in each of the others one layer disturbed."""
+    """`Experts` of lanes: the first as it is, in each of the others something disturbed."""
 
-    def __init__(self, source: CheckpointSource, indices: Sequence[int], seed: int) -> None:
+    def __init__(self, source: CheckpointSource, lanes: Sequence[_Lane], seed: int) -> None:
         activation = build_model(
             source.checkpoint.family.arithmetic, source.checkpoint.settings
         ).config.activation
         self._own = StreamedExperts(source, activation, {}, 0, None)
-        self._other = StreamedExperts(_DisturbedSource(source, seed), activation, {}, 0, None)
-        self._lane_of = {index: number for number, index in enumerate(indices, start=1)}
-        self._squares: dict[int, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        self._lanes = lanes
+        self._others = {
+            size: StreamedExperts(_DisturbedSource(source, size, seed), activation, {}, 0, None)
+            for size in {lane.size for lane in lanes}
+        }
+        self._squares: list[dict[int, Tensor]] = [{} for _ in lanes]
 
-    def damage(self, layer_index: int) -> float:
-        """What disturbing a layer did to its output."""
-        added, output = self._squares[layer_index].tolist()
-        return added / output if output else 0.0
+    def damage(self) -> list[dict[int, float]]:
+        """By lane and layer index, what disturbing it did to its output."""
+        return [
+            {index: float(added / output) if output else 0.0 for index, (added, output) in squares.items()}
+            for squares in self._squares
+        ]
 
     def product(self, layer_index: int, hidden_TD: Tensor, route: Route) -> Tensor:
         """See `Experts.product`."""
         output_TD = self._own.product(layer_index, hidden_TD, route)
-        each = len(hidden_TD) // (1 + len(self._lane_of))
-        rows = slice(self._lane_of[layer_index] * each, (self._lane_of[layer_index] + 1) * each)
-        own_TD = output_TD[rows].double()
-        disturbed_TD = self._other.product(
-            layer_index, hidden_TD[rows], Route(route.slots_TK[rows], route.gates_TK[rows])
-        )
-        squares = [(disturbed_TD - own_TD).square().sum(), own_TD.square().sum()]
-        self._squares[layer_index] += torch.stack(squares)
-        output_TD[rows] = disturbed_TD
+        each = len(hidden_TD) // (1 + len(self._lanes))
+        for number, lane in enumerate(self._lanes):
+            if lane.layer_index in (None, layer_index):
+                rows = slice((number + 1) * each, (number + 2) * each)
+                routed = Route(route.slots_TK[rows], route.gates_TK[rows])
+                disturbed_TD = self._others[lane.size].product(layer_index, hidden_TD[rows], routed)
+                self._count(number, layer_index, output_TD[rows].double(), disturbed_TD)
+                output_TD[rows] = disturbed_TD
         return output_TD
+
+    def _count(self, number: int, layer_index: int, own_TD: Tensor, disturbed_TD: Tensor) -> None:
+        squares = torch.stack([(disturbed_TD - own_TD).square().sum(), own_TD.square().sum()])
+        before = self._squares[number].get(layer_index, torch.zeros(2, dtype=torch.float64))
+        self._squares[number][layer_index] = before + squares
 
 
 class _DisturbedSource:
     """`Source` whose experts are a little off, always in the same way."""
 
-    def __init__(self, source: CheckpointSource, seed: int) -> None:
+    def __init__(self, source: CheckpointSource, size: float, seed: int) -> None:
         self.checkpoint = source.checkpoint
         self.dtype = source.dtype
         self._source = source
+        self._size = size
         self._seed = seed
 
     def stored(self, role: str) -> Tensor:
@@ -128,7 +177,7 @@ class _DisturbedSource:
         return {
             part: matrix
             + torch.randn(matrix.shape, generator=generator).to(matrix.dtype)
-            * (_DISTURBANCE * matrix.float().square().mean().sqrt())
+            * (self._size * matrix.float().square().mean().sqrt())
             for part, matrix in self._source.expert(layer_index, slot).items()
         }
 

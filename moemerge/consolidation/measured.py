@@ -11,6 +11,7 @@ from moemerge.bundle.manifest import CodeSpec
 from moemerge.calibration.folder import Calibration, layer_file
 from moemerge.calibration.passages import Passages
 from moemerge.calibration.random_inputs import random_statistics
+from moemerge.calibration.sensitivity import Response
 from moemerge.calibration.statistics import LayerStatistics
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.consolidation.evidence import LayerRecord
@@ -47,6 +48,9 @@ class Statistics(Protocol):
     def sensitivity(self, variant: str) -> Mapping[int, float]:
         """By layer index, nats that a variant loses per unit of damage; empty when that is not known."""
 
+    def response(self, variant: str) -> Response:
+        """What it loses of all layers together, of the sum of the above."""
+
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """Statistics of one layer of one variant."""
 
@@ -79,6 +83,10 @@ class NoiseStatistics:
     def sensitivity(self, variant: str) -> Mapping[int, float]:
         """Not known."""
         return {}
+
+    def response(self, variant: str) -> Response:
+        """Not known."""
+        return Response()
 
     def passages(self, variant: str) -> None:
         """None."""
@@ -125,6 +133,10 @@ class TextStatistics:
     def sensitivity(self, variant: str) -> Mapping[int, float]:
         """See `Statistics`."""
         return self.calibration.index.variants[variant].sensitivity
+
+    def response(self, variant: str) -> Response:
+        """See `Statistics`."""
+        return self.calibration.index.variants[variant].response
 
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """See `Statistics`."""
@@ -231,6 +243,7 @@ def prices_of(
         plain_bytes=max(sum(tensor.nbytes for tensor in parts.values()) for parts in experts),
         importance={name: 1 / gained for name, gained in statistics.gained.items()},
         sensitivity=sensitivity if is_known else {},
+        responses={name: statistics.response(name) for name in sensitivity} if is_known else {},
         correction=correction or {},
     )
 

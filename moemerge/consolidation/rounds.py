@@ -5,6 +5,7 @@ the same rounds without repeating their work.
 """
 
 import logging
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,12 @@ from moemerge.progress import Progress
 
 MORE_ROUNDS = 2
 """Plans that are tried after the first one."""
-_CORRECTED = (0.25, 4.0)
+_EVEN = 1.25
+"""The worst variant may lose so much more than the mean."""
+_MISSED, _UNEVEN = 1.1, 0.5
+"""Powers of corrections: past the aim when it was missed; half the way when damage is only to be moved, for
+bytes that one variant gets are others'."""
+_CORRECTED = (0.1, 10.0)
 """A prediction is not corrected by more than this at once: what was measured is a sample, too."""
 logger = logging.getLogger(__name__)
 
@@ -87,30 +93,41 @@ class Rounds:
     def run(self, make_plan: MakePlan, gate: Gate) -> Carried:
         """Plan, write and measure until the gate lets the result through.
 
+        A first plan after which variants turn out to lose very differently is made again, too.
+
         Raises:
-            QualityGateFailed: It does not, after all rounds.
+            QualityGateFailed: The gate does not, after all rounds.
             MoemergeError: As `pipeline.merge`.
         """
         correction: dict[str, float] = {}
         plan: ConsolidationPlan | None = None
-        missed: list[str] = []
         for number in range(1 + MORE_ROUNDS):
             before, plan = plan, self._plan(number, partial(make_plan, correction=correction))
-            if before is not None and plan.layers == before.layers:
-                break
+            is_last = number == MORE_ROUNDS or (before is not None and plan.layers == before.layers)
             qualities = self._recall(number)
-            if not qualities or not gate.missed(_kept(qualities)):
+            if not qualities or is_last or not self._goes_on(number, gate, qualities):
                 errors = self._write_pools(plan)
                 qualities = self._measure(number, plan, errors)
-            missed = gate.missed(_kept(qualities))
-            if not missed:
-                return Carried(plan=plan, errors=errors, qualities=qualities, resumed_layers=self._resumed)
-            logger.info("round %d: %s", number + 1, "; ".join(missed))
-            correction = corrected(correction, plan.predicted_damage, qualities)
-        raise QualityGateFailed(
-            f"{self.target}: {'; '.join(missed)}, measured on text held out. Nothing was published. Use a "
-            f"larger budget or a lower floor"
-        )
+            if is_last or not self._goes_on(number, gate, qualities):
+                break
+            logger.info("round %d: %s", number + 1, "; ".join(gate.missed(_kept(qualities))) or "uneven")
+            power = _MISSED if gate.missed(_kept(qualities)) else _UNEVEN
+            correction = corrected(correction, plan.predicted_damage, qualities, power)
+        if missed := gate.missed(_kept(qualities)):
+            raise QualityGateFailed(
+                f"{self.target}: {'; '.join(missed)}, measured on text held out. Nothing was published. "
+                f"Use a larger budget or a lower floor"
+            )
+        assert plan is not None
+        return Carried(plan=plan, errors=errors, qualities=qualities, resumed_layers=self._resumed)
+
+    def _goes_on(self, number: int, gate: Gate, qualities: Mapping[str, Quality]) -> bool:
+        """Whether another plan is worth it."""
+        if gate.missed(_kept(qualities)):
+            return True
+        gained = self.statistics.gained
+        lost = [q.damage["kl"] / gained.get(name, 1.0) for name, q in qualities.items() if "kl" in q.damage]
+        return number == 0 and bool(lost) and max(lost) > _EVEN * statistics.fmean(lost)
 
     def _plan(self, number: int, make: Callable[[], ConsolidationPlan]) -> ConsolidationPlan:
         """The plan of a round; what is already written follows it, whatever would be decided now."""
@@ -180,15 +197,25 @@ class Rounds:
 
 
 def corrected(
-    correction: Mapping[str, float], predicted: Mapping[str, float], qualities: Mapping[str, Quality]
+    correction: Mapping[str, float],
+    predicted: Mapping[str, float],
+    qualities: Mapping[str, Quality],
+    power: float = 1.0,
 ) -> dict[str, float]:
-    """By variant, what predictions are to be multiplied with after these came out as they did."""
+    """By variant, what predictions are to be multiplied with after these came out as they did.
+
+    Args:
+        correction: What they were multiplied with.
+        predicted: By variant, what came of that.
+        qualities: What was measured.
+        power: Of what was measured over what was predicted.
+    """
     least, most = _CORRECTED
     found = dict(correction)
     for name, quality in qualities.items():
         if predicted.get(name, 0.0) > 0 and "measured" in quality.damage:
-            ratio = quality.damage["measured"] / predicted[name]
-            found[name] = found.get(name, 1.0) * min(max(ratio, least), most)
+            ratio = max(quality.damage["measured"], quality.damage["kl"]) / predicted[name]
+            found[name] = found.get(name, 1.0) * min(max(ratio**power, least), most)
     return found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moemerge.bundle.manifest import CodeSpec
+from moemerge.calibration.sensitivity import Response
 from moemerge.consolidation.allocation import (
     Allocation,
     Encoding,
@@ -28,6 +29,10 @@ from moemerge.similarity.saliency import find_super_experts
 _BALANCING_ROUNDS = 12
 _SEARCHED = 0.002
 """How near the fewest bytes come to what is needed, over all bytes."""
+_TEMPER = 0.5
+"""Of sensitivities: a layer's loss is concave in its damage, so what is worst off gains less from a byte than
+they say. Of four small fine-tunes at 0.6x, 0.938 of the gain was kept with all of it, 0.935 with nothing,
+0.945 with the square root (valid text)."""
 _BALANCED = 1.25
 """The worst variant may be hurt so much more than the mean before its damage counts more."""
 
@@ -73,7 +78,9 @@ class Prices:
         shapes: Of an expert's parts.
         plain_bytes: Of an expert as it is.
         importance: By variant: what its loss counts; 1 for those not there.
-        sensitivity: By variant and layer index, what is lost for each unit of damage; 1 for those not there.
+        sensitivity: By variant and layer index, what damage counts beside that of other layers; 1 for those
+            not there.
+        responses: By variant, what is lost of the sum of that; the sum itself for those not there.
         correction: By variant, what that is multiplied with; 1 for those not there.
     """
 
@@ -82,16 +89,25 @@ class Prices:
     plain_bytes: int
     importance: Mapping[str, float]
     sensitivity: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    responses: Mapping[str, Response] = field(default_factory=dict)
     correction: Mapping[str, float] = field(default_factory=dict)
 
-    def loss(self, variant: str, layer_index: int) -> float:
-        """What is lost for each unit of damage."""
-        corrected = self.correction.get(variant, 1.0)
-        return corrected * self.sensitivity.get(variant, {}).get(layer_index, 1.0)
+    def depth(self, variant: str, layer_index: int) -> float:
+        """What a unit of damage counts in a layer, beside that of others."""
+        return self.sensitivity.get(variant, {}).get(layer_index, 1.0)
 
     def weight(self, variant: str, layer_index: int) -> float:
-        """What a unit of damage counts."""
-        return self.importance.get(variant, 1.0) * self.loss(variant, layer_index)
+        """What a unit of damage counts, beside that of other layers and variants."""
+        corrected = self.correction.get(variant, 1.0) * self.importance.get(variant, 1.0)
+        known = self.sensitivity.get(variant) or {layer_index: 1.0}
+        mean = statistics.fmean(known.values())
+        tempered = math.pow(self.depth(variant, layer_index), _TEMPER) * math.pow(mean, 1 - _TEMPER)
+        return corrected * tempered
+
+    def nats(self, variant: str, weighted_damage: float) -> float:
+        """What is lost, of the sum over layers of damage times depth."""
+        response = self.responses.get(variant, Response())
+        return self.correction.get(variant, 1.0) * response.nats(weighted_damage)
 
 
 def spend(
@@ -149,40 +165,45 @@ def trade_off(
     """
     hulls = _hulls(records, variants, prices, dict.fromkeys(variants, 1.0))
     places = _places(records)
+
+    def lost() -> dict[str, float]:
+        return {name: prices.nats(name, max(0.0, value)) for name, value in damage.items()}
+
     total = sum(hull[0].num_bytes for hull in hulls)
     most = sum(hull[-1].num_bytes for hull in hulls)
-    loss = dict.fromkeys(variants, 0.0)
+    damage = dict.fromkeys(variants, 0.0)
     for number, hull in enumerate(hulls):
-        _add_loss(loss, places[number], hull[0], prices, 1)
+        _add_damage(damage, places[number], hull[0], prices, 1)
     spacing = max(1, (most - total) // num_points)
-    points = [(total, dict(loss))]
+    points = [(total, lost())]
     for _, number, place in steepest_steps(hulls):
         before, after = hulls[number][place - 1], hulls[number][place]
-        _add_loss(loss, places[number], before, prices, -1)
-        _add_loss(loss, places[number], after, prices, 1)
+        _add_damage(damage, places[number], before, prices, -1)
+        _add_damage(damage, places[number], after, prices, 1)
         total += after.num_bytes - before.num_bytes
         if total == most or total - points[-1][0] >= spacing:
-            points.append((total, {name: max(0.0, value) for name, value in loss.items()}))
+            points.append((total, lost()))
     return points
 
 
-def _add_loss(
-    loss: dict[str, float], place: tuple[LayerRecord, SlotRecord], point: Point, prices: Prices, sign: int
+def _add_damage(
+    damage: dict[str, float], place: tuple[LayerRecord, SlotRecord], point: Point, prices: Prices, sign: int
 ) -> None:
     record, slot = place
     for refs, value in zip(slot.owners, point.by_member, strict=True):
         for name, _ in refs:
-            loss[name] += sign * prices.loss(name, record.index) * value
+            damage[name] += sign * prices.depth(name, record.index) * value
 
 
 def predicted_loss(spending: Spending, variant: str, prices: Prices) -> float:
-    """Damage of all layers by what it counts."""
-    return sum(prices.weight(variant, index) * value for index, value in spending.damage[variant].items())
+    """What the variant loses, by what that counts."""
+    return prices.importance.get(variant, 1.0) * predicted_nats(spending, variant, prices)
 
 
 def predicted_nats(spending: Spending, variant: str, prices: Prices) -> float:
     """What the variant loses, whatever that counts."""
-    return sum(prices.loss(variant, index) * value for index, value in spending.damage[variant].items())
+    damage = spending.damage[variant].items()
+    return prices.nats(variant, sum(prices.depth(variant, index) * value for index, value in damage))
 
 
 def super_experts(records: Sequence[LayerRecord], variants: Sequence[str]) -> set[tuple[int, Ref]]:

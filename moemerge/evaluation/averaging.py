@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moemerge.bundle.joined import JoinedTensor, expert_tensors
 from moemerge.bundle.target import building
+from moemerge.calibration.sensitivity import Response
 from moemerge.calibration.statistics import LayerStatistics
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.headers import StoredTensor
@@ -115,6 +116,10 @@ class SummedStatistics:
     def sensitivity(self, variant: str) -> Mapping[int, float]:
         """Not known."""
         return {}
+
+    def response(self, variant: str) -> Response:
+        """Not known."""
+        return Response()
 
     def at_layer(self, layer_index: int) -> "SummedStatistics":
         """See `Statistics`."""

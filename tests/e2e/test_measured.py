@@ -113,6 +113,66 @@ def test_evidence_for_a_policy_that_does_not_read_it_is_refused(calibration):
         assert "--policy measured" in done.envelope["data"]["message"]
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A bundle of as few bytes as keep nine tenths, made from text, and what the program said of it."""
+    bundle = tmp_path_factory.mktemp("kept") / "duo.moe"
+    options = ["--quality", 0.9, "--floor", 0.8, "--base", MINI / "base", "--tokens", 4096]
+    done = call_program("merge", *SOURCES, *TEXTS, *options, "-o", bundle, "--json")
+    assert done.code == 0, done.err
+    return bundle, done.envelope["data"]
+
+
+def test_quality_takes_the_bytes_that_it_needs_and_is_measured(kept):
+    bundle, data = kept
+    damage = data["damage"]
+    assert damage == {name: variant.damage for name, variant in read_manifest(bundle).variants.items()}
+    shares = [found["gain_recovered"] for found in damage.values()]
+    assert sum(shares) / len(shares) >= 0.9
+    assert min(shares) >= 0.8
+    # Far from the bytes of two models, and no more than what is asked for costs.
+    assert data["bytes_ratio"] < 1
+    assert all(found.keys() >= {"predicted", "measured", "kl"} for found in damage.values())
+    assert call_program("verify", bundle).code == 0
+    assert [path.name for path in bundle.parent.iterdir() if "calibration" in path.name] == []
+
+
+def test_repair_is_told_apart_and_can_be_left_out(kept, calibration, tmp_path):
+    bundle, data = kept
+    repaired = read_manifest(bundle).variants
+    for name, found in data["damage"].items():
+        assert ("unrepaired" in found) == bool(repaired[name].repaired)
+        assert found["measured"] < found.get("unrepaired", float("inf"))
+    options = ["--budget", "0.4x", "--no-repair", "--calibration", calibration]
+    done = call_program("merge", *SOURCES, *options, "-o", tmp_path / "duo.moe", "--json")
+    assert done.code == 0, done.err
+    assert not any(variant.repaired for variant in read_manifest(tmp_path / "duo.moe").variants.values())
+
+
+def test_healing_lessens_the_divergence(calibration, tmp_path):
+    found = {}
+    for steps in (0, 8):
+        target = tmp_path / f"{steps}.moe"
+        options = ["--budget", "0.3x", "--heal", steps, "--no-repair", "--calibration", calibration]
+        done = call_program("merge", *SOURCES, *options, "-o", target, "--json")
+        assert done.code == 0, done.err
+        found[steps] = done.envelope["data"]["damage"]
+    assert all(found[8][name]["kl"] < found[0][name]["kl"] for name in NAMES)
+
+
+def test_recipe_says_all_that_options_say(tmp_path, kept):
+    recipe = tmp_path / "duo.yaml"
+    texts = "".join(f"  {name}: {MINI}/text/{name}.txt\n" for name in NAMES)
+    sources = "".join(f"  {name}: {MINI}/{name}\n" for name in NAMES)
+    recipe.write_text(
+        f"schema: moemerge/recipe@1\nvariants:\n{sources}base: {MINI}/base\nquality: 0.9\nfloor: 0.8\n"
+        f"text:\n{texts}tokens: 4096\n"
+    )
+    done = call_program("merge", "--recipe", recipe, "-o", tmp_path / "duo.moe")
+    assert done.code == 0, done.err
+    assert tree(tmp_path / "duo.moe") == tree(kept[0])
+
+
 def test_floor_that_a_budget_cannot_keep_ends_with_the_quality_gate(calibration, tmp_path):
     options = ["--budget", "0.3x", "--floor", 0.999, "--calibration", calibration]
     done = call_program("merge", *SOURCES, *options, "-o", tmp_path / "duo.moe", "--json")

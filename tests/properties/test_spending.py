@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from moemerge.bundle.verify import verify_bundle
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import open_variants
-from moemerge.consolidation.evidence import Evidence, LayerRecord, SlotRecord, slot_groups
+from moemerge.consolidation.evidence import LayerRecord, SlotRecord, slot_groups
 from moemerge.consolidation.factors import Factors
 from moemerge.consolidation.ladder import code_size, ladder_of
+from moemerge.consolidation.layers import measure_costs, measure_layers, passing_steps
 from moemerge.consolidation.measured import NoiseStatistics
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.planning import build_measured_plan, measure_costs, measure_layers, plan_variants
+from moemerge.consolidation.planning import build_measured_plan, plan_variants
 from moemerge.consolidation.spending import Prices, spend
 from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
@@ -88,9 +89,9 @@ def test_whatever_was_measured_bytes_add_up_within_the_budget(record, ratio, imp
 def plan_of(folders, budget, reader):
     variants = open_variants({name: FolderRef(folder) for name, folder in folders.items()})
     statistics = NoiseStatistics(variants)
-    layers = measure_layers(variants)
-    evidence = Evidence(variants=variants, statistics=statistics, reader=reader)
-    found = measure_costs(layers, evidence)
+    with passing_steps() as steps:
+        layers = measure_layers(variants, steps=steps)
+        found = measure_costs(layers, variants, statistics, steps=steps)
     plan = build_measured_plan(variants, found, options_of(budget, "measured"), statistics, reader)
     return layers, found, plan
 
@@ -168,3 +169,14 @@ def test_variant_far_from_its_siblings_shares_with_none_where_bytes_allow_it(tmp
     assert all(kind in ({"a", "b"}, {"a"}, {"b"}, {"c"}) for kind in kinds)
     assert kinds.count({"c"}) == len(plan.layers) * plan.num_slots
     assert {"a", "b"} in kinds
+
+
+@pytest.mark.parametrize("budget", ["1x", "1.5x", "2.5x"])
+def test_copies_of_one_variant_lose_nothing_at_any_budget_that_holds_one(budget, tmp_path):
+    base = write_checkpoint(tmp_path / "base")
+    variants = open_variants({name: FolderRef(base) for name in NAMES})
+    merged = merge(variants, tmp_path / "trio.moe", options_of(budget))
+    assert merged.manifest.pool_bytes == merged.manifest.variant_bytes
+    assert merged.manifest.residual_bytes == 0
+    for entry in merged.manifest.variants.values():
+        assert all(error == 0 for errors in entry.errors.values() for error in errors)
