@@ -117,6 +117,25 @@ def test_recommended_sampling_is_the_default_of_its_variant(served, bundle):
     assert asked == sampled
 
 
+def test_results_of_a_file_have_both_parts(bundle, closing, tmp_path):
+    ask = {
+        "variant": "mind",
+        "max_tokens": 40,
+        "temperature": 1.5,
+        "seed": 1,
+        "logit_bias": {str(closing): 2},
+    }
+    lines = [{**ask, "messages": [{"role": "user", "content": "why?"}]}, {**ask, "prompt": "why?"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = call_program("run", bundle, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert done.code == 0, done.err
+    asked, continued = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert asked["reasoning"]
+    assert CLOSE not in asked["reasoning"]
+    assert "reasoning" not in continued
+    assert CLOSE in continued["text"]
+
+
 def test_chat_shows_thinking_on_standard_error(bundle):
     done = call_program("chat", bundle, "-v", "mind", "--max-tokens", "40", "--seed", "1", stdin="why?\n")
     told = call_program(

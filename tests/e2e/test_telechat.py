@@ -19,15 +19,10 @@ from moemerge.text.variants import VariantText
 from tests.bundles import open_engine, run
 from tests.factories import edit_json, write_checkpoint
 from tests.parity.telechat_reference import TelechatReference
+from tests.telechat import CODE, SECOND, SEVENTH, TWELFTH
 from tests.thinking import make_thinking
 
-SEVENTH = {"num_kv_heads": 4, "rope_base_length": None}
-"""Settings as those of TeleChat-7B: tied, no base length."""
-TWELFTH = {**SEVENTH, "tied_head": False}
-SECOND = {"tied_head": False}
-MIXTURE = {"tied_head": False, "num_kv_heads": 4}
 LONG, ANSWERED = 32768, 24
-CODE = {"AutoModelForCausalLM": "modeling_telechat.TelechatForCausalLM"}
 
 
 @pytest.fixture(scope="module", params=["telechat", "telechat_moe"])

@@ -1,4 +1,4 @@
-"""What is special about TeleChat: its generations, what tells them apart, and text as each of them has it.
+"""What is special about TeleChat's arithmetic: its rotation, and keys and values of one matrix.
 
 Logits and bundles of both descriptions are compared in `test_families`, with `telechat_reference`.
 """
@@ -8,33 +8,14 @@ import torch
 
 from moemerge.checkpoint.checkpoint import open_checkpoint
 from moemerge.checkpoint.repository import LocalFolder
-from moemerge.checkpoint.variants import open_variants
-from moemerge.errors import MoemergeError
 from moemerge.evaluation.loading import load_model
 from moemerge.models.rotary import Rotary, RotaryKind, rotary_tables, trained_length_frequencies
-from moemerge.refs import FolderRef
 from tests.factories import edit_tensors, write_checkpoint
-
-SEVENTH = {"num_kv_heads": 4, "rope_base_length": None}
-"""Settings as those of TeleChat-7B: tied, no base length."""
-TWELFTH = {**SEVENTH, "tied_head": False}
-SECOND = {"tied_head": False}
-MIXTURE = {"tied_head": False, "num_kv_heads": 4}
-CODE = {"AutoModelForCausalLM": "modeling_telechat.TelechatForCausalLM"}
-
-
-def opened(folder):
-    return open_checkpoint(LocalFolder(folder))
-
-
-def refusal(folder, kind=MoemergeError):
-    with pytest.raises(kind) as caught:
-        open_variants({"one": FolderRef(folder)})
-    return str(caught.value)
+from tests.telechat import SECOND
 
 
 def logits(folder, tokens):
-    return load_model(opened(folder)).forward(torch.tensor([tokens]))[0]
+    return load_model(open_checkpoint(LocalFolder(folder))).forward(torch.tensor([tokens]))[0]
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,7 @@ from moemerge.checkpoint.variants import open_variants
 from moemerge.errors import IncompatibleInputs, MoemergeError, UnsupportedCheckpoint
 from moemerge.refs import FolderRef
 from tests.factories import edit_json, edit_tensors, read_canonical, write_checkpoint
-
-SEVENTH = {"num_kv_heads": 4, "rope_base_length": None}
-"""Settings as those of TeleChat-7B: tied, no base length."""
-TWELFTH = {**SEVENTH, "tied_head": False}
-SECOND = {"tied_head": False}
-MIXTURE = {"tied_head": False, "num_kv_heads": 4}
-CODE = {"AutoModelForCausalLM": "modeling_telechat.TelechatForCausalLM"}
+from tests.telechat import CODE, MIXTURE, SECOND, SEVENTH, TWELFTH
 
 
 def opened(folder):
@@ -134,6 +128,13 @@ def test_what_is_not_described_is_refused(changes, told, tmp_path):
     folder = write_checkpoint(tmp_path / "a", "telechat", settings=SECOND)
     edit_json(folder / "config.json", **changes)
     assert told in refusal(folder)
+
+
+def test_a_lone_pickle_tells_its_family_when_it_is_converted(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", "telechat_moe", settings=MIXTURE, weights="pickle")
+    assert "pass --allow-pickle" in refusal(folder)
+    variants = open_variants({"one": FolderRef(folder)}, allow_pickle=True, cache=tmp_path / "cache")
+    assert variants.first.family.name == "telechat_moe"
 
 
 def test_quantised_repositories_are_refused_though_their_config_says_nothing(tmp_path):
