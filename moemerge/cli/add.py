@@ -127,7 +127,7 @@ def _print_joined(joined: "Joined", ratio_before: float) -> None:
     from collections import Counter
 
     from moemerge.checkpoint.sizes import format_size
-    from moemerge.cli.plan import loss_unit
+    from moemerge.cli.plan_report import loss_unit
     from moemerge.cli.tables import print_table
 
     plan, manifest = joined.plan, joined.manifest

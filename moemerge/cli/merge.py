@@ -15,7 +15,7 @@ from moemerge.cli.command import (
     print_json,
 )
 from moemerge.cli.executors import LOCAL, AddressOption, ExecutorOption, open_executor
-from moemerge.cli.plan import print_plan
+from moemerge.cli.plan_report import print_plan
 from moemerge.cli.planning_options import (
     BudgetOption,
     CalibrationOption,

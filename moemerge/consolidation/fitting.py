@@ -44,8 +44,7 @@ def budget_of(device: Device, variants: VariantSet) -> Budget:
     Raises:
         InvalidRecipe: Nothing is left.
     """
-    resident = sum(checkpoint.other_bytes for checkpoint in variants.variants.values())
-    cache = device.batch * device.tokens * max(map(_token_bytes, variants.variants.values()))
+    resident, cache = _resident_bytes(variants), _cache_bytes(device, variants)
     left = parse_size(device.text) - resident - cache
     if left <= 0:
         raise InvalidRecipe(
@@ -55,6 +54,19 @@ def budget_of(device: Device, variants: VariantSet) -> Budget:
             f"--fit-tokens)"
         )
     return Budget(f"fit {device.text}", limit=left)
+
+
+def beside_experts(device: Device, variants: VariantSet) -> int:
+    """Bytes of what a runner holds beside experts: every variant's other tensors, and a full cache."""
+    return _resident_bytes(variants) + _cache_bytes(device, variants)
+
+
+def _resident_bytes(variants: VariantSet) -> int:
+    return sum(checkpoint.other_bytes for checkpoint in variants.variants.values())
+
+
+def _cache_bytes(device: Device, variants: VariantSet) -> int:
+    return device.batch * device.tokens * max(map(_token_bytes, variants.variants.values()))
 
 
 def _token_bytes(checkpoint: Checkpoint) -> int:

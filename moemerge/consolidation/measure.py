@@ -192,6 +192,11 @@ def limit_memory(variants: VariantSet, max_ram: int | None) -> int:
     return columns
 
 
+def least_memory(variants: VariantSet) -> int:
+    """Bytes of memory that measuring takes with the smallest chunks."""
+    return _memory_of(variants, BLOCK_COLUMNS)
+
+
 def _memory_of(variants: VariantSet, columns: int) -> int:
     rows = _num_rows(variants)
     return _FIXED_BYTES + _SHARES * rows * (4 * columns + 4 * BLOCK_COLUMNS + 24 * rows)

@@ -57,6 +57,11 @@ def told(command, *arguments):
     return done.envelope["data"]
 
 
+def bundle_sizes(*sources):
+    """Bytes of a bundle at most, by budget."""
+    return {each["budget"]: each["bundle_bytes"] for each in told("plan", *sources)["estimates"]}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_dense_models_have_the_published_sizes(name, tmp_path):
     settings, dtype = MODELS[name]
@@ -70,9 +75,8 @@ def test_dense_models_have_the_published_sizes(name, tmp_path):
     # The table counts matrices alone, this also their biases.
     assert facts["expert_share"] == pytest.approx(FFN_SHARES.get(name, facts["expert_share"]), abs=1e-4)
     assert facts["tied_head"] == (name == "TeleChat-7B")
-    plan = told("plan", f"chat={folder}", f"reason={folder}")
-    assert plan["separate_bytes"] == 2 * total
-    assert plan["one_pool_bytes"] == total + facts["non_expert_bytes"]
+    sizes = bundle_sizes(f"chat={folder}", f"reason={folder}")
+    assert sizes == {"exact": 2 * total, "1x": total + facts["non_expert_bytes"]}
 
 
 def test_mixture_has_the_published_sizes(tmp_path):
@@ -84,6 +88,6 @@ def test_mixture_has_the_published_sizes(tmp_path):
     assert facts["expert_bytes"] == 2 * 36_240_752_640 == 30 * 16 * 2 * 75_501_568
     assert facts["non_expert_bytes"] == 2 * 3_089_346_560
     assert (facts["experts_per_layer"], facts["tensors"]) == (16, 2133)
-    plan = told("plan", f"a={folder}", f"b={folder}", f"c={folder}")
-    assert plan["one_pool_bytes"] == pytest.approx(91.0e9, rel=1e-3)
-    assert plan["separate_bytes"] == 3 * 2 * 39_330_099_200
+    sizes = bundle_sizes(f"a={folder}", f"b={folder}", f"c={folder}")
+    assert sizes["1x"] == pytest.approx(91.0e9, rel=1e-3)
+    assert sizes["exact"] == 3 * 2 * 39_330_099_200
