@@ -11,6 +11,7 @@ import pytest
 
 from moemerge.bundle.manifest import Features, Manifest, PoolLayer, Provenance, VariantEntry
 from moemerge.checkpoint.headers import read_header
+from moemerge.cli.app import app
 from tests.documented import Workplace, steps_of
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,11 @@ def test_commands_run_as_written_and_print_what_is_shown(page, workplace):
     for step in steps_of(page.read_text(encoding="utf-8")):
         printed = workplace.run(step)
         assert step.agrees(printed), f"{page}: python -m tests.documented {page.relative_to(ROOT)}\n{printed}"
+
+
+def test_readme_names_every_command():
+    commands = README.partition("## Commands")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`([a-z]+)`", commands)) >= {command.name for command in app.registered_commands}
 
 
 def test_pages_for_beginners_have_commands_that_run():
