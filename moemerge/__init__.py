@@ -43,7 +43,7 @@ _HOMES = {
     "PlanOptions": "consolidation.planning",
     "Request": "runner.request",
     "Sampling": "runner.sampling",
-    "Swap": "runner.weights",
+    "Swap": "runner.transfer",
     "VariantSet": "checkpoint.variants",
     "export_variant": "bundle.export",
     "load_tokenizer": "checkpoint.tokenizer",

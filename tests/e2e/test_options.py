@@ -17,7 +17,12 @@ from tests.factories import write_checkpoint
 ROOT = Path(__file__).parents[2]
 PROGRAM = typer.main.get_command(app)
 COMMANDS = PROGRAM.commands
-SAME_FOR_ALL = {"json", "quiet", "verbose", "offline", "max-ram", "device"}
+SHARED = {
+    **{option: f"MOEMERGE_{option.upper()}" for option in ("json", "quiet", "verbose", "offline")},
+    **{"device": "MOEMERGE_DEVICE", "engine": "MOEMERGE_ENGINE", "max-ram": "MOEMERGE_MAX_RAM"},
+    "address": "RAY_ADDRESS",
+}
+"""Options with one name for all commands."""
 
 
 def options_of(command):
@@ -39,8 +44,14 @@ def test_every_command_has_the_common_options(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_name_in_the_environment(name):
     for option, param in options_of(COMMANDS[name]).items():
-        own = "" if option in SAME_FOR_ALL else f"{name}_"
-        assert param.envvar == f"MOEMERGE_{own}{option}".replace("-", "_").upper()
+        by_rule = f"MOEMERGE_{name}_{option}".replace("-", "_").upper()
+        assert param.envvar == SHARED.get(option, by_rule)
+
+
+def test_shared_names_are_documented():
+    page = (ROOT / "docs" / "program.md").read_text(encoding="utf-8")
+    for option, name in SHARED.items():
+        assert re.search(f"`--{option}`.*`{name}`", page), option
 
 
 def test_help_cuts_no_description():
