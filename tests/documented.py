@@ -3,9 +3,10 @@
 `python -m tests.documented docs/tutorial.md` runs a page and writes what was printed into it.
 
 A block counts when a comment stands above it: `<!-- run -->` for output that is the same everywhere,
-`<!-- run: numbers -->` where numbers depend on the machine, `<!-- run: varies -->` for generated text. All
-blocks of a page share a folder and follow each other. A server that a block starts is there until the page
-ends. What a block of Python prints stands in a block of text below it.
+`<!-- run: numbers -->` where numbers depend on the machine, `<!-- run: varies -->` for generated text,
+`<!-- run: silent -->` where output is not shown. All blocks of a page share a folder and follow each other.
+A server that a block starts is there until the page ends. What a block of Python prints stands in a block of
+text below it.
 """
 
 import os
@@ -40,7 +41,7 @@ class Step:
 
     def agrees(self, printed: str) -> bool:
         """Whether the page shows what was printed."""
-        if self.mode == "varies":
+        if self.mode in ("varies", "silent"):
             return True
         if self.mode == "numbers":
             return _MACHINE.sub("#", printed).split() == _MACHINE.sub("#", self.shown).split()
@@ -136,9 +137,12 @@ def record(page: Path) -> None:
         def renew(block: re.Match[str]) -> str:
             steps = _steps_of_block(block)
             if block["language"] == "python":
-                printed = workplace.run(steps[0])
-                return block[0].replace(f"```text\n{block['printed']}", f"```text\n{printed}")
-            text = "".join(f"$ {step.command}{_ended(workplace.run(step))}" for step in steps)
+                told = f"```text\n{workplace.run(steps[0])}"
+                return block[0].replace(f"```text\n{block['printed']}", told)
+            printed = [_ended(workplace.run(step)) for step in steps]
+            if block["mode"] == "silent":
+                return block[0]
+            text = "".join(f"$ {step.command}{out}" for step, out in zip(steps, printed, strict=True))
             return block[0].replace(block["text"], text)
 
         try:
