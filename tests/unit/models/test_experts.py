@@ -17,7 +17,15 @@ from moemerge.models.packed import effective
 from tests.coded import bits, code, low_rank, quantise, random_matrix
 
 D, F = 6, 5
-SHAPES = {"gate": (F, D), "up": (F, D), "down": (D, F), "down_bias": (D,), "wi": (F, D), "wo": (D, F)}
+BIASES = {
+    Activation.SILU_GATED_DOWN_BIAS: {"down_bias": 8},
+    Activation.CLAMPED_SWIGLU: {"gate_bias": 16, "up_bias": 16, "down_bias": 8},
+}
+"""Sizes of the biases of an expert of 8 and 16 entries."""
+SHAPES = {
+    **{"gate": (F, D), "up": (F, D), "down": (D, F), "wi": (F, D), "wo": (D, F)},
+    **{"gate_bias": (F,), "up_bias": (F,), "down_bias": (D,)},
+}
 
 
 def random_layer(num_experts: int, activation: Activation, generator: torch.Generator) -> PlainPoolLayer:
@@ -105,7 +113,7 @@ def test_activations_follow_their_formulas():
     generator = torch.Generator().manual_seed(2)
     layer = random_layer(1, Activation.SILU_GATED, generator)
     hidden = torch.randn(2, D, generator=generator)
-    gate, up, down, bias, wi, wo = layer.experts[0].values()
+    gate, up, down, wi, wo, gate_bias, up_bias, bias = layer.experts[0].values()
     gated = hidden @ gate.T
     gated = gated / (1 + (-gated).exp()) * (hidden @ up.T) @ down.T
     torch.testing.assert_close(layer.output(0, hidden), gated)
@@ -113,6 +121,11 @@ def test_activations_follow_their_formulas():
     torch.testing.assert_close(biased, gated + bias)
     fused = PlainPoolLayer([{"gate_up": torch.cat((gate, up)), "down": down}], Activation.SILU_GATED)
     torch.testing.assert_close(fused.output(0, hidden), gated)
+    large = 40 * hidden  # so that some are clamped
+    inner, scaled = (large @ gate.T + gate_bias).clamp(max=7), (large @ up.T + up_bias).clamp(-7, 7)
+    clamped = inner / (1 + (-1.702 * inner).exp()) * (scaled + 1) @ down.T + bias
+    found = PlainPoolLayer(layer.experts, Activation.CLAMPED_SWIGLU).output(0, large)
+    torch.testing.assert_close(found, clamped, atol=1e-4, rtol=1e-5)
     plain = (hidden @ wi.T).clamp(min=0) @ wo.T
     torch.testing.assert_close(PlainPoolLayer(layer.experts, Activation.RELU).output(0, hidden), plain)
 
@@ -192,8 +205,8 @@ def test_rows_of_an_effective_layer_compute_pool_expert_plus_residual(activation
     shapes = {"gate": (16, 8), "up": (16, 8), "down": (8, 16), "wi": (16, 8), "wo": (8, 16)}
     plain = {part: random_matrix(*shapes[part], seed=1) for part in parts}
     coded = {part: quantise(random_matrix(*shapes[part], seed=2), 4, 8) for part in parts}
-    if activation is Activation.SILU_GATED_DOWN_BIAS:
-        plain["down_bias"], coded["down_bias"] = random_matrix(2, 8)
+    for bias, size in BIASES.get(activation, {}).items():
+        plain[bias], coded[bias] = random_matrix(2, size)
     repairs = [
         {part: code(random_matrix(*shapes[part], seed=3), spec) for part in parts}
         for spec in (bits(2, 8), low_rank(2))
