@@ -192,19 +192,21 @@ class Int8Blocks:
     def multiply(self, hidden_TD: Tensor) -> Tensor:
         """`hidden matrix^T`, [T, N]."""
         num_tokens, width = hidden_TD.shape
-        peak_T1 = torch.linalg.vector_norm(hidden_TD, float("inf"), 1, keepdim=True, dtype=torch.float32)
-        step_T1 = peak_T1.clamp_min_(1e-30) / _INT16_PEAK
+        # Not by a norm: torch takes 40 us for the norms of four rows of 3584, 6 us this way.
+        peak_T1 = hidden_TD.abs().amax(dim=1, keepdim=True).to(torch.float32)
+        step_T1 = peak_T1.clamp_min_(1e-30).div_(_INT16_PEAK)
         steps_TD = hidden_TD / step_T1
         # From minus to plus the peak as numbers from 1 to 65535, low bytes of all tokens before high bytes.
         words_TD = (steps_TD + (_INT16_MIDDLE + 0.5)).to(torch.int32)
-        bytes_TD4 = words_TD.view(torch.uint8).view(num_tokens, width, 4)
-        low_and_high = bytes_TD4[:, :, :2].permute(2, 0, 1).reshape(2 * num_tokens, width)
-        product = torch.ops.onednn.qlinear_pointwise(
-            low_and_high, 1.0, 0, self.blocks, self.scales, torch.zeros_like(self.scales, dtype=torch.int64),
+        bytes_2TD = torch.empty(2, num_tokens, width, dtype=torch.uint8, device=hidden_TD.device)
+        bytes_2TD[0] = words_TD  # a byte takes the lowest eight bits
+        bytes_2TD[1] = words_TD >> 8
+        product_2TN: Tensor = torch.ops.onednn.qlinear_pointwise(
+            bytes_2TD, 1.0, 0, self.blocks, self.scales, torch.zeros_like(self.scales, dtype=torch.int64),
             self.offsets, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        sum_TN = torch.add(product[:num_tokens], product[num_tokens:], alpha=256)
-        sum_TN.addcmul_(steps_TD.sum(dim=1, keepdim=True).mul_(0.5), self.scales)
+        sum_TN = torch.add(product_2TN[0], product_2TN[1], alpha=256)
+        sum_TN.addcmul_(steps_TD.sum(dim=1, keepdim=True), self.scales, value=0.5)
         return sum_TN.mul_(step_T1).to(hidden_TD.dtype)
 
     def _unblocked(self) -> Int8Matrix:
