@@ -66,7 +66,7 @@ class BlockKeys:
             for token in range(start, start + length)
         ]
         self._places_T = torch.tensor(places, device=device)
-        self._group_blocks: dict[tuple[int, ...], Tensor] = {}
+        self._group_blocks: dict[tuple[int, ...], Tensor | slice] = {}
 
     def write(self, layer_index: int, key_TGh: Tensor, value_TGh: Tensor) -> None:
         """Store the keys and values of the batch's new tokens."""
@@ -81,18 +81,22 @@ class BlockKeys:
             self._gather(self._cache.values[layer_index], blocks, len(group.sequences)),
         )
 
-    def _gather(self, stored_NPGh: Tensor, blocks: Tensor, num_sequences: int) -> Tensor:
-        chosen = stored_NPGh.index_select(0, blocks)
+    def _gather(self, stored_NPGh: Tensor, blocks: Tensor | slice, num_sequences: int) -> Tensor:
+        chosen = stored_NPGh[blocks] if isinstance(blocks, slice) else stored_NPGh.index_select(0, blocks)
         return chosen.view(num_sequences, -1, *chosen.shape[2:]).transpose(1, 2)
 
-    def _blocks_of(self, group: Group) -> Tensor:
+    def _blocks_of(self, group: Group) -> Tensor | slice:
+        """Blocks that lie in a row, as those of a sequence that runs alone do, are read where they are."""
         known = self._group_blocks.get(group.sequences)
         if known is None:
             count = group.num_keys // self.granularity
             # Behind a sequence's blocks stands its last one again, which the mask hides; never another's,
             # whose numbers need not be finite.
             tables = [self._tables[number].blocks for number in group.sequences]
-            padded = [(blocks + blocks[-1:] * count)[:count] for blocks in tables]
-            known = torch.tensor(padded, device=self._cache.keys.device).flatten()
+            numbers = [block for blocks in tables for block in (blocks + blocks[-1:] * count)[:count]]
+            if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+                known = slice(numbers[0], numbers[0] + len(numbers))
+            else:
+                known = torch.tensor(numbers, device=self._cache.keys.device)
             self._group_blocks[group.sequences] = known
         return known

@@ -93,6 +93,16 @@ def test_random_passes_over_growing_and_ending_sequences(block_tokens):
             both.drop(name)
 
 
+def test_blocks_in_a_row_are_read_where_they_are():
+    both = Both()
+    ours, theirs = both.write({0: 9, 1: 2})
+    both.check([0, 1], ours, theirs, [0])
+    assert ours.read(1, group_of([0], 12))[0].untyped_storage().data_ptr() == both.cache.keys.data_ptr()
+    ours, theirs = both.write({0: 5})  # beyond the other's block
+    both.check([0], ours, theirs, [0])
+    assert ours.read(1, group_of([0], 16))[0].untyped_storage().data_ptr() != both.cache.keys.data_ptr()
+
+
 def test_what_an_ended_sequence_left_is_never_read_as_not_a_number():
     """A weight of zero times NaN would be NaN."""
     both = Both(num_blocks=3)
