@@ -43,7 +43,7 @@ switch_options = variant_options.map(lambda options: {**options, "layout": "per_
 @st.composite
 def families(draw: st.DrawFn) -> dict[str, Any]:
     """What a family of two or three checkpoints is made of; the tying of heads is common to all."""
-    model_type = draw(st.sampled_from(["mixtral", "mixtral", "switch_transformers"]))
+    model_type = draw(st.sampled_from(["mixtral", "mixtral", "switch_transformers", "telechat_moe"]))
     options = variant_options if model_type == "mixtral" else switch_options
     return {
         "model_type": model_type,
