@@ -8,7 +8,7 @@ Source: peft 0.21.2, `tuners/lora/config.py`.
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,6 +30,8 @@ _REASONS = {
 }
 # Other ways to begin, such as pissa and olora, take something from the base before training.
 _KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+# How peft looks a module up.
+_ENDS_WITH = r"(.*\.)?({})$"
 
 
 class AdapterConfig(BaseModel):
@@ -51,7 +53,7 @@ class AdapterConfig(BaseModel):
     peft_version: str | None = None
     r: int = Field(8, ge=1, le=2**20)
     lora_alpha: float = Field(8, allow_inf_nan=False)
-    rank_pattern: dict[str, int] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     use_dora: bool = False
@@ -142,13 +144,15 @@ def read_adapter_config(repository: Repository) -> tuple[AdapterConfig, list[Fin
     try:
         config = AdapterConfig.model_validate(raw)
         for pattern in [*(config.rank_pattern or ()), *(config.alpha_pattern or ())]:
-            re.compile(pattern)
+            re.compile(_ENDS_WITH.format(pattern))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise DamagedInput(f"{where}: {key} is {first['input']!r}: {first['msg'].lower()}") from error
     except re.error as error:
-        raise DamagedInput(f"{where}: {error.pattern!r} is not a pattern ({error})") from error
+        raise DamagedInput(
+            f"{where}: a key of rank_pattern or alpha_pattern is no pattern: {error}"
+        ) from error
     return config, _find_unsupported(raw, where)
 
 
@@ -175,8 +179,8 @@ def _find_unsupported(raw: dict[str, Any], where: str) -> list[Finding]:
 
 
 def _find_pattern(patterns: dict[str, Any] | None, module: str, default: float) -> float:
-    """The value of the first pattern that a module's name ends with, as peft looks it up."""
+    """The value of the first pattern that a module's name ends with."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_ENDS_WITH.format(pattern), module):
             return float(value)
     return default

@@ -90,8 +90,10 @@ class _Matching:
         if stacks and factors.keys() == {*_LINEAR}:
             self._place_stacked(module, factors, stacks)
         elif name is None:
-            known = list(self._modules)
-            self._note("KEYS", *(f"{t.name}{nearest(_PREFIX + module, known)}" for t in factors.values()))
+            # Likeness takes long to find, and few are shown.
+            is_shown = len(self._problems.get("KEYS", ())) < _SHOWN
+            like = nearest(_PREFIX + module, list(self._modules)) if is_shown else ""
+            self._note("KEYS", *(f"{tensor.name}{like}" for tensor in factors.values()))
         elif name not in self._tensors:
             self._note("TIED", f"{module} ({name})")
         else:
@@ -116,7 +118,7 @@ class _Matching:
         shape = replacement.shape if replacement is not None else shape
         is_embedding = left.keys() == {*_EMBEDDING}
         if not left and magnitude is None and replacement is not None:
-            self._matched.changes[name] = Change(replacement=replacement)
+            self._change(name, Change(replacement=replacement), module)
             return
         if not is_embedding and left.keys() != {*_LINEAR}:
             self._note("INCOMPLETE", f"{module} has {', '.join(sorted(factors))}")
@@ -128,7 +130,12 @@ class _Matching:
             low_rank = LowRank(
                 a=a, b=b, magnitude=magnitude, is_transposed=is_embedding, scale=self._config.scale(module)
             )
-            self._matched.changes[name] = Change(replacement=replacement, low_rank=low_rank)
+            self._change(name, Change(replacement=replacement, low_rank=low_rank), module)
+
+    def _change(self, name: str, change: Change, module: str) -> None:
+        if name in self._matched.changes:
+            self._note("TWICE", f"{module} ({name})")
+        self._matched.changes[name] = change
 
     def _fits_whole(self, tensor: StoredTensor, name: str, shape: tuple[int, ...]) -> bool:
         is_longer = name in self._resizable and tensor.shape[1:] == shape[1:]
@@ -222,10 +229,7 @@ class _Matching:
                     slot=(slot, experts),
                     outputs=outputs,
                 )
-                if name in self._matched.changes:
-                    self._note("AMBIGUOUS", f"{a.name} and another tensor both change {stack.parameter}")
-                    return
-                self._matched.changes[name] = Change(low_rank=low_rank)
+                self._change(name, Change(low_rank=low_rank), stack.parameter)
 
     def _check_vocabulary(self) -> None:
         """Embedding and head keep as many rows as each other."""
@@ -275,6 +279,10 @@ _SUMMARIES = {
     ),
     "AMBIGUOUS": (
         "{tensors} of stacked experts that fit more than one parameter",
+        "Merge it with the version of peft that made it and give the result",
+    ),
+    "TWICE": (
+        "{modules} that tensors of two names change",
         "Merge it with the version of peft that made it and give the result",
     ),
     "VOCABULARY": (

@@ -58,7 +58,9 @@ def adapted(base, adapter, **options):
         ({"r": 0}, "r is 0: input should be greater than or equal to 1"),
         ({"r": "many"}, "r is 'many'"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
-        ({"rank_pattern": {"(": 4}}, "'(' is not a pattern"),
+        ({"rank_pattern": {"(": 4}}, "a key of rank_pattern or alpha_pattern is no pattern"),
+        ({"alpha_pattern": {"(?i)q": 4}}, "a key of rank_pattern or alpha_pattern is no pattern"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0"),
         ({"r": 8}, "1 tensor of another rank than r and rank_pattern"),
         ({"rank_pattern": {"q_proj": 2}}, f"{QUERY}.lora_A.weight [4, 32], configured 2"),
         ({"use_dora": True}, f"{QUERY} has no lora_magnitude_vector"),
@@ -98,7 +100,11 @@ def test_configurations(base, tmp_path, config, words):
         ),
         (
             {**factors(EXPERTS, 96, 32, 16), **factors(f"{EXPERTS}.base_layer", 96, 32, 16)},
-            "another tensor both change model.layers.0.mlp.experts.gate_up_proj",
+            "8 modules that tensors of two names change: model.layers.0.mlp.experts.gate_up_proj",
+        ),
+        (
+            {**factors("model.layers.0.mlp.gate", 4), **factors("model.layers.0.block_sparse_moe.gate", 4)},
+            "1 module that tensors of two names change",
         ),
     ],
 )
