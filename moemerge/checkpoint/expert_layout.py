@@ -67,6 +67,9 @@ class ExpertTensor(Described):
         self, stored: StoredTensor, part_shape: tuple[int, ...], num_experts: int
     ) -> Iterator[tuple[int, str, StoredTensor]]:
         """Slot, part and place of all that the tensor holds; slot 0 where it holds one expert."""
+        if self.is_canonical:
+            yield 0, self.holds[0], stored
+            return
         sizes = self._sizes(part_shape, num_experts)
         strides = {
             factor: math.prod(sizes[later] for later in self.order[number + 1 :])

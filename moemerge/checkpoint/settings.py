@@ -117,6 +117,8 @@ def _absent(name: str, rule: SettingRule, settings: Settings, where: str) -> tup
     for truth, default in (rule.default_if or {}).items():
         if settings.get(truth):
             return default, []
+    if rule.is_list and rule.default is not None:
+        return rule.default, []
     if rule.default is not None:
         return _allowed(name, rule.default, rule, where)
     if rule.optional:
