@@ -13,6 +13,7 @@ from moemerge.cli import (
     chat,
     compare,
     demo,
+    deploy,
     diff,
     doctor,
     evaluate,
@@ -30,6 +31,7 @@ from moemerge.cli import (
     serve,
     show,
     similarity,
+    status,
     verify,
 )
 from moemerge.cli.command import command
@@ -75,7 +77,7 @@ _BUILT_IN = {"evaluate": "eval"}
 
 for module in (
     init, pull, show, diff, similarity, calibrate, plan, merge, add, remove, report, verify, evaluate,
-    compare, export, push, run, chat, serve, bench, demo, families, schema, doctor,
+    compare, export, push, run, chat, serve, deploy, status, bench, demo, families, schema, doctor,
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     shown = _BUILT_IN.get(name, name)

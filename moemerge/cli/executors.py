@@ -3,12 +3,15 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moemerge.errors import InvalidRecipe
+from moemerge.errors import InvalidRecipe, NotFound
 from moemerge.execution import Executor, Local
+
+if TYPE_CHECKING:
+    from moemerge.distributed.cluster import Cluster
 
 LOCAL, RAY = "local", "ray"
 
@@ -31,23 +34,37 @@ def open_executor(engine: str, address: str | None) -> Iterator[Executor]:
     """What `--engine` names, connected.
 
     Raises:
-        InvalidRecipe: There is no such engine, or it is not installed.
-        ClusterFailure, IncompatibleInputs: As `Cluster`.
+        InvalidRecipe: There is no such engine.
+        NotFound, ClusterFailure, IncompatibleInputs: As `open_cluster`.
     """
     if engine == LOCAL:
         yield Local()
         return
     if engine != RAY:
         raise InvalidRecipe(f"--engine {engine!r}, expected {LOCAL} or {RAY}")
+    with open_cluster(address) as cluster:
+        from moemerge.distributed.executor import OnCluster
+
+        yield OnCluster(cluster)
+
+
+@contextmanager
+def open_cluster(address: str | None) -> Iterator["Cluster"]:
+    """The Ray cluster at an address, connected.
+
+    Raises:
+        NotFound: Ray is not installed.
+        ClusterFailure, IncompatibleInputs: As `Cluster`.
+    """
     try:
         from moemerge.distributed.cluster import AUTO, Cluster
-        from moemerge.distributed.executor import OnCluster
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise InvalidRecipe(
-            "ray is not installed, which --engine ray needs. Run pip install 'moemerge[ray]'"
+        raise NotFound(
+            "ray is not installed, which clusters need. Run pip install 'moemerge[ray,serve]' (from a clone: "
+            "pip install -e '.[ray,serve]')"
         ) from error
     # Ray tells of lost nodes where results belong.
     with redirect_stdout(sys.stderr), Cluster(address or AUTO) as cluster:
-        yield OnCluster(cluster)
+        yield cluster

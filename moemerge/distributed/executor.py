@@ -56,7 +56,7 @@ class OnCluster:
     """
 
     def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+        self.cluster = cluster
         self._threads = torch.get_num_threads()
         self._seen: set[Path] = set()
 
@@ -72,10 +72,10 @@ class OnCluster:
             return
         self._require_visible(works)
         self._require_room(works)
-        tally = start_tally(self._cluster.driver_id)
+        tally = start_tally(self.cluster.driver_id)
         follower = Follower(tally, progress)
         pending = {self._begin(work, number, tally): number for number, work in enumerate(works)}
-        watch = _Watch(self._cluster)
+        watch = _Watch(self.cluster)
         try:
             while pending:
                 ready, _ = ray.wait(list(pending), timeout=_POLL_S)
@@ -105,12 +105,12 @@ class OnCluster:
 
     def _cpus(self) -> int:
         """Of a unit: its threads, or as many as the largest node has."""
-        most = max((node.cpus for node in self._cluster.nodes()), default=1.0)
+        most = max((node.cpus for node in self.cluster.nodes()), default=1.0)
         return max(1, min(self._threads, int(most)))
 
     def _require_room(self, works: Sequence[Work[Result]]) -> None:
         largest = max(works, key=lambda work: work.memory_bytes)
-        most = max((node.memory_bytes for node in self._cluster.nodes()), default=0)
+        most = max((node.memory_bytes for node in self.cluster.nodes()), default=0)
         if largest.memory_bytes > most:
             raise NotEnoughRoom(
                 f"{largest.title} takes {format_size(largest.memory_bytes)} of memory, the largest node of "
@@ -125,7 +125,7 @@ class OnCluster:
         try:
             for mark in marks:
                 mark.touch()
-            answers = self._cluster.ask(_find_invisible, sizes, marks)
+            answers = self.cluster.ask(_find_invisible, sizes, marks)
         finally:
             for mark in marks:
                 mark.unlink(missing_ok=True)
@@ -151,7 +151,7 @@ class _Watch:
     """Notices that nobody is left who could do the work."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+        self.cluster = cluster
         self._since_s: float | None = None
         self._asked_s = time.monotonic()
 
@@ -165,7 +165,7 @@ class _Watch:
         if now_s - self._asked_s < 1.0:
             return
         self._asked_s = now_s
-        nodes = self._cluster.nodes()
+        nodes = self.cluster.nodes()
         if any(node.cpus >= cpus and node.memory_bytes >= work.memory_bytes for node in nodes):
             self._since_s = None
             return

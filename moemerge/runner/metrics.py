@@ -5,10 +5,15 @@ Knows nothing of how they are shown; the server turns a `Snapshot` into Promethe
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
 LATENCY_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+_NEARNESS = ("resident", "loading", "draining", "absent")
+"""States of a variant, the readiest first."""
 
 
 @dataclass(slots=True)
@@ -22,6 +27,10 @@ class Histogram:
         """Count a value."""
         self.counts[bisect_left(LATENCY_BOUNDS_S, value_s)] += 1
         self.total_s += value_s
+
+    def __add__(self, other: "Histogram") -> "Histogram":
+        counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        return Histogram(counts, self.total_s + other.total_s)
 
     def copy(self) -> "Histogram":
         """A histogram that later additions leave alone."""
@@ -96,6 +105,9 @@ class StepFigures:
         return replace(self)
 
 
+Figures = TypeVar("Figures", VariantFigures, StepFigures)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VariantState:
     """A variant at one moment: `state` is absent, loading, resident or draining."""
@@ -134,3 +146,38 @@ class Snapshot:
     shared_bytes: int
     expert_hits: int
     expert_misses: int
+
+
+def add_snapshots(snapshots: Sequence[Snapshot]) -> Snapshot:
+    """Several engines as if they were one; a variant is in the nearest state that any of them has it in."""
+    names = dict.fromkeys(name for snapshot in snapshots for name in snapshot.variants)
+    parts = {name: [s.variants[name] for s in snapshots if name in s.variants] for name in names}
+    return Snapshot(
+        variants={name: _add_states(states) for name, states in parts.items()},
+        steps=_sum(StepFigures, [snapshot.steps for snapshot in snapshots]),
+        block_tokens=max((snapshot.block_tokens for snapshot in snapshots), default=0),
+        **{
+            field.name: sum(getattr(snapshot, field.name) for snapshot in snapshots)
+            for field in fields(Snapshot)
+            if field.name not in ("variants", "steps", "block_tokens")
+        },
+    )
+
+
+def _add_states(states: Sequence[VariantState]) -> VariantState:
+    return VariantState(
+        figures=_sum(VariantFigures, [state.figures for state in states]),
+        state=min((state.state for state in states), key=_NEARNESS.index),
+        pinned=any(state.pinned for state in states),
+        waiting=sum(state.waiting for state in states),
+        running=sum(state.running for state in states),
+    )
+
+
+def _sum(kind: type[Figures], figures: Sequence[Figures]) -> Figures:
+    """Field by field, from none."""
+    total = kind()
+    for one in figures:
+        for place in fields(kind):
+            setattr(total, place.name, getattr(total, place.name) + getattr(one, place.name))
+    return total

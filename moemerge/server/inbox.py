@@ -8,8 +8,8 @@ from types import TracebackType
 
 from moemerge.errors import Stopping
 from moemerge.runner.request import Output, Request
-from moemerge.runner.service import EngineService
 from moemerge.server.errors import ApiError, Kind
+from moemerge.server.serving import Service
 
 _TOO_SLOW = Kind(408, "invalid_request_error", "reader_too_slow")
 
@@ -24,7 +24,7 @@ class Inbox:
     away frees its blocks. Belongs to the event loop it was made in.
     """
 
-    def __init__(self, service: EngineService, capacity: int) -> None:
+    def __init__(self, service: Service, capacity: int) -> None:
         self._service = service
         self._capacity = capacity
         self._loop = asyncio.get_running_loop()

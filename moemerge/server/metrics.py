@@ -9,8 +9,8 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moemerge.runner.metrics import LATENCY_BOUNDS_S, Histogram, Snapshot
-from moemerge.runner.service import EngineService
 from moemerge.server.events import CLIENT_GONE
+from moemerge.server.serving import Service
 
 _BUG = 500
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -19,7 +19,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 class EngineCollector(Collector):
     """Reads a snapshot of the engine whenever metrics are asked for."""
 
-    def __init__(self, service: EngineService) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
 
     def collect(self) -> Iterator[Metric]:
@@ -67,7 +67,7 @@ class HttpCounter:
             self._answers.labels(path, method, status).inc()
 
 
-def build_registry(service: EngineService) -> CollectorRegistry:
+def build_registry(service: Service) -> CollectorRegistry:
     """A registry of this server alone."""
     registry = CollectorRegistry()
     registry.register(EngineCollector(service))

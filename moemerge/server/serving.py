@@ -4,13 +4,17 @@ import asyncio
 import hashlib
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
 from moemerge.bundle.reader import Bundle
-from moemerge.runner.service import EngineService
+from moemerge.runner.intake import VariantLimits
+from moemerge.runner.metrics import Snapshot
+from moemerge.runner.request import Request as EngineRequest
+from moemerge.runner.service import Listener
 from moemerge.server.errors import ApiError, Kind, invalid
 from moemerge.server.logprobs import TokenNames
 from moemerge.server.options import ServerOptions
@@ -18,6 +22,57 @@ from moemerge.text.variants import VariantText
 
 _OPENAI_TEMPERATURE = 1.0
 _UNKNOWN_MODEL = Kind(404, "invalid_request_error", "model_not_found")
+
+
+class Service(Protocol):
+    """What answers requests: one engine, or replicas of it elsewhere. Contracts stand at `EngineService`."""
+
+    @property
+    def is_alive(self) -> bool:
+        """It can answer at all."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Requests are taken."""
+        ...
+
+    @property
+    def variants(self) -> Mapping[str, VariantLimits]:
+        """Variants that are served, and what requests to them may hold."""
+        ...
+
+    def limits_of(self, variant: str) -> VariantLimits:
+        """What a request to a variant may hold."""
+        ...
+
+    def submit(self, request: EngineRequest, listener: Listener) -> None:
+        """Hand in a request."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """End a request."""
+        ...
+
+    def add_variant(self, variant: str) -> None:
+        """Serve a variant that is not served so far."""
+        ...
+
+    def remove_variant(self, variant: str) -> None:
+        """Serve a variant no more."""
+        ...
+
+    def pin(self, variant: str) -> None:
+        """Make a variant resident and keep it."""
+        ...
+
+    def unpin(self, variant: str) -> None:
+        """Keep a variant no more than others."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """Figures of this moment, or nearly so."""
+        ...
 
 
 class ServedVariant:
@@ -52,7 +107,7 @@ class Serving:
     """
 
     bundle: Bundle
-    service: EngineService
+    service: Service
     options: ServerOptions = field(default_factory=ServerOptions)
     started_s: int = field(default_factory=lambda: int(time.time()))
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

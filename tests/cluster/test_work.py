@@ -24,6 +24,7 @@ from moemerge.errors import Busy, NotEnoughRoom, NotFound
 from moemerge.execution import Work
 from moemerge.progress import Silent
 from moemerge.refs import FolderRef
+from tests.cluster.waiting import wait_until
 from tests.e2e.program import call_program, run_program, start_slow_program, tree
 from tests.factories import write_siblings
 
@@ -243,14 +244,6 @@ def test_address_without_a_cluster_is_told_at_once(listens, tmp_path):
     assert done.code == 6
     assert f"there is no Ray cluster at 127.0.0.1:{port}" in done.err
     assert time.monotonic() - begin < 20
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "did not come about"
-        time.sleep(0.02)
-    return found
 
 
 def raylet_of(node):
