@@ -92,7 +92,7 @@ class _Matching:
         elif name is None:
             # Likeness takes long to find, and few are shown.
             is_shown = len(self._problems.get("KEYS", ())) < _SHOWN
-            like = nearest(_PREFIX + module, list(self._modules)) if is_shown else ""
+            like = nearest(module, list(self._modules)) if is_shown else ""
             self._note("KEYS", *(f"{tensor.name}{like}" for tensor in factors.values()))
         elif name not in self._tensors:
             self._note("TIED", f"{module} ({name})")
