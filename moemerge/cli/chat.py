@@ -18,6 +18,7 @@ from moemerge.cli.engine import (
     DtypeOption,
     ResidentOption,
     check_resident,
+    load_engine,
     open_with_files,
     use_huge_pages,
 )
@@ -79,7 +80,6 @@ def chat(
     Example: moemerge chat duo.moe -v sums
     """
     use_huge_pages()
-    from moemerge.runner.engine import Engine
     from moemerge.runner.options import EngineOptions
     from moemerge.text.conversation import Conversation
     from moemerge.text.variants import BundleText
@@ -96,7 +96,7 @@ def chat(
     texts = BundleText(open_with_files(bundle))
     text = texts.of(variant or next(iter(texts.bundle.manifest.variants)))
     text.require_chat_template()
-    with closing(Engine(texts.bundle, options)) as engine:
+    with closing(load_engine(texts.bundle, options, quiet=quiet or as_json)) as engine:
         conversation = Conversation(engine=engine, texts=texts, text=text, system=system)
         talk = _Talk(conversation, wanted, max_tokens, tuple(stop or ()), quiet=quiet, as_json=as_json)
         talk.begin()

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moemerge.cli.progress import show_progress
 from moemerge.errors import DamagedBundle, InvalidRecipe
 
 if TYPE_CHECKING:
     from moemerge.bundle.reader import Bundle
+    from moemerge.runner.engine import Engine
+    from moemerge.runner.options import EngineOptions
 
 _THREADS_PER_PROCESSOR = 4
 
@@ -77,6 +80,18 @@ def check_threads(count: int | None) -> None:
         raise InvalidRecipe(
             f"--threads {count}, expected at most {most}: this machine has {processors} processors"
         )
+
+
+def load_engine(bundle: "Bundle", options: "EngineOptions", *, quiet: bool) -> "Engine":
+    """An engine; progress is shown while its pool is loaded.
+
+    Raises:
+        MoemergeError: As `Engine`.
+    """
+    from moemerge.runner.engine import Engine
+
+    with show_progress(quiet=quiet) as progress:
+        return Engine(bundle, options, progress)
 
 
 def open_with_files(folder: Path) -> "Bundle":

@@ -16,6 +16,7 @@ from moemerge.cli.engine import (
     DtypeOption,
     ResidentOption,
     check_resident,
+    load_engine,
     open_with_files,
     use_huge_pages,
 )
@@ -134,7 +135,6 @@ def _run_prompt(
     as_json: bool,
 ) -> None:
     from moemerge.cli.inputs import read_prompt
-    from moemerge.runner.engine import Engine
     from moemerge.runner.sampling import Sampling
     from moemerge.text.answers import answer
     from moemerge.text.variants import BundleText
@@ -147,7 +147,7 @@ def _run_prompt(
     prompts = [texts.of(v).encode_chat(messages) if chat else texts.of(v).encode(text) for v in variants]
     answers: list[dict[str, Any]] = []
     printer = AnswerPrinter(quiet=quiet, as_json=as_json)
-    with closing(Engine(texts.bundle, options)) as engine:
+    with closing(load_engine(texts.bundle, options, quiet=quiet or as_json)) as engine:
         for name, prompt_ids in zip(variants, prompts, strict=True):
             if len(variants) > 1:
                 printer.write(f"== {name}\n")
@@ -191,7 +191,6 @@ def _run_file(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    from moemerge.runner.engine import Engine
     from moemerge.text.request_files import RequestFile, run_request_file
     from moemerge.text.results import check_target
 
@@ -201,7 +200,8 @@ def _run_file(
     num_lines = requests.check()
     told = _Counter(num_lines, quiet=quiet or as_json)
     begin = time.perf_counter()
-    with closing(Engine(bundle, replace(options, variants=requests.variants or None))) as engine:
+    options = replace(options, variants=requests.variants or None)
+    with closing(load_engine(bundle, options, quiet=quiet or as_json)) as engine:
         report = run_request_file(engine, requests, target, on_result=told.tell)
     seconds = time.perf_counter() - begin
     if report.num_failed:

@@ -3,6 +3,7 @@
 import logging
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ from moemerge.cli.engine import (
     ResidentOption,
     check_resident,
     check_threads,
+    load_engine,
     open_with_files,
     size_of,
     use_huge_pages,
@@ -160,6 +162,7 @@ def serve(
         max_queue=max_queue,
         max_queue_per_variant=max_queue_per_variant,
         on_ready=announce,
+        load=partial(load_engine, quiet=quiet or as_json),
     )
     if forced_by is not None:
         hint("Stopped at once by a second signal; requests were cut off.")

@@ -13,6 +13,7 @@ from torch import Tensor
 from moemerge.bundle.reader import Bundle
 from moemerge.errors import Busy, InvalidRecipe, NotFound, ServingError, UnsupportedCheckpoint
 from moemerge.models import Decoder, StandAlone
+from moemerge.progress import Progress
 from moemerge.runner.answers import Answers
 from moemerge.runner.dispatch import Dispatcher
 from moemerge.runner.forward import Forward
@@ -34,8 +35,15 @@ _IDLE_WAIT_S = 0.001
 class Engine:
     """Serves the variants of one bundle from one device."""
 
-    def __init__(self, bundle: Bundle, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, options: EngineOptions | None = None, progress: Progress | None = None
+    ) -> None:
         """Load the pool and the pinned variants.
+
+        Args:
+            bundle: What is run.
+            options: How; the defaults otherwise.
+            progress: Told of bytes of the pool while it is loaded.
 
         Raises:
             InvalidRecipe, NotFound: Options that cannot be, or name variants that the bundle has not.
@@ -50,7 +58,7 @@ class Engine:
         for name in options.pinned:
             if name not in names:
                 raise NotFound(f"no variant {name!r} is served; there are {', '.join(names)}")
-        self._memory = memory = DeviceMemory(bundle, options, names)
+        self._memory = memory = DeviceMemory(bundle, options, names, progress)
         self.device, self.dtype = memory.device, memory.dtype
         self._forward = Forward(bundle, memory.pool, memory.cache, memory.device)
         self.scheduler = Scheduler(memory.blocks, options.limits(), options.chosen_policy())

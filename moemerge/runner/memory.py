@@ -11,6 +11,7 @@ from moemerge.bundle.reader import Bundle
 from moemerge.checkpoint.sizes import format_size
 from moemerge.errors import InvalidRecipe, NotEnoughRoom
 from moemerge.models.geometry import CacheGeometry, cache_geometry
+from moemerge.progress import Progress
 from moemerge.runner.blocks import BlockPool
 from moemerge.runner.cache import BlockCache
 from moemerge.runner.forward import model_of
@@ -98,7 +99,13 @@ def plan_memory(
 class DeviceMemory:
     """The resident variants' tensors, the pool and the key/value cache."""
 
-    def __init__(self, bundle: Bundle, options: EngineOptions, variants: Collection[str]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: EngineOptions,
+        variants: Collection[str],
+        progress: Progress | None = None,
+    ) -> None:
         """Load the pool; no variant is resident yet.
 
         Raises:
@@ -124,7 +131,12 @@ class DeviceMemory:
         self._resident_bytes = plan.resident_bytes
         self.blocks = BlockPool(plan.num_blocks, options.block_tokens)
         self.pool = load_pool(
-            bundle, self.dtype, self.device, memory_bytes=plan.pool_bytes, is_packed=options.pack
+            bundle,
+            self.dtype,
+            self.device,
+            memory_bytes=plan.pool_bytes,
+            is_packed=options.pack,
+            progress=progress,
         )
         self.cache = BlockCache(geometry, plan.num_blocks, self.dtype, self.device)
 

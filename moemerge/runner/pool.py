@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from moemerge.bundle.coded import StoredCodes
+from moemerge.bundle.manifest import PoolLayer as StoredLayer
 from moemerge.bundle.reader import Bundle, PoolParts
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.models import PlainPoolLayer, PoolLayer
 from moemerge.models.layouts import arrange, arranged_bytes
 from moemerge.models.packed import Coded, Matrix, PackedMatrix
 from moemerge.models.products import can_pack, pack
+from moemerge.progress import Progress, Silent
 from moemerge.runner.cached_pool import CachedExpertPool, plain_bytes
 from moemerge.runner.rows import (
     EffectiveRows,
@@ -39,31 +41,42 @@ class ExpertPool:
     """
 
     def __init__(
-        self, bundle: Bundle, dtype: torch.dtype, device: torch.device, *, is_packed: bool = True
+        self,
+        bundle: Bundle,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        is_packed: bool = True,
+        progress: Progress | None = None,
     ) -> None:
         self.is_packed = is_packed and can_pack(dtype, device)
         self.rows = EffectiveRows(bundle)
         self.nbytes = pool_bytes(bundle, dtype, device, is_packed=is_packed)
         self._dtype, self._device, self._rearranges = dtype, device, is_packed
-        activation, scratch = activation_of(bundle), scratch_of(bundle, dtype, device)
+        self._activation, self._scratch = activation_of(bundle), scratch_of(bundle, dtype, device)
+        sizes = {layer.index: (bundle.folder / layer.file).stat().st_size for layer in bundle.manifest.layers}
+        report = progress or Silent()
+        report.start("loading the pool", sum(sizes.values()))
         self.layers: dict[int, PoolLayer] = {}
         for layer in bundle.manifest.layers:
-            stored, rows = bundle.map_pool(layer.index), self.rows.layers[layer.index]
-            if scratch is None or not needs_effective(bundle, layer):
-                plain = [self._load_plain(_all_plain(parts)) for parts in stored]
-                self.layers[layer.index] = PlainPoolLayer(plain, activation)
-                continue
-            held = [
-                self._load(parts, is_base=number in rows.residual_bases)
-                for number, parts in enumerate(stored)
-            ]
-            self.layers[layer.index] = effective_layer(layer, rows, held.__getitem__, scratch, activation)
+            self.layers[layer.index] = self._load_layer(bundle, layer)
+            report.advance(sizes[layer.index])
 
     hits = 0
     misses = 0
 
     def verify_integrity(self) -> None:
         """Nothing moves, so there is nothing that could have gone wrong."""
+
+    def _load_layer(self, bundle: Bundle, layer: StoredLayer) -> PoolLayer:
+        stored, rows = bundle.map_pool(layer.index), self.rows.layers[layer.index]
+        if self._scratch is None or not needs_effective(bundle, layer):
+            plain = [self._load_plain(_all_plain(parts)) for parts in stored]
+            return PlainPoolLayer(plain, self._activation)
+        held = [
+            self._load(parts, is_base=number in rows.residual_bases) for number, parts in enumerate(stored)
+        ]
+        return effective_layer(layer, rows, held.__getitem__, self._scratch, self._activation)
 
     def _load(self, stored: dict[str, Matrix], *, is_base: bool) -> HeldParts:
         if any(isinstance(matrix, PackedMatrix) for matrix in stored.values()):
@@ -103,6 +116,7 @@ def load_pool(
     *,
     memory_bytes: int | None,
     is_packed: bool = True,
+    progress: Progress | None = None,
 ) -> ExpertPool | CachedExpertPool:
     """The pool, all of it when it fits into `memory_bytes`.
 
@@ -110,7 +124,7 @@ def load_pool(
         NotEnoughRoom: Not even one pool expert fits.
     """
     if memory_bytes is None or pool_bytes(bundle, dtype, device, is_packed=is_packed) <= memory_bytes:
-        return ExpertPool(bundle, dtype, device, is_packed=is_packed)
+        return ExpertPool(bundle, dtype, device, is_packed=is_packed, progress=progress)
     return CachedExpertPool(bundle, dtype, device, arena_bytes=memory_bytes)
 
 

@@ -139,8 +139,11 @@ def serve_bundle(
     max_queue: int,
     max_queue_per_variant: int | None,
     on_ready: Callable[[Ready], None],
+    load: Callable[[Bundle, EngineOptions], Engine] = Engine,
 ) -> signal.Signals | None:
     """Load a bundle and serve it until a signal.
+
+    `load` makes the engine; it may tell of progress.
 
     Returns:
         The second signal, which cut requests off; None when one was enough.
@@ -150,7 +153,7 @@ def serve_bundle(
         MoemergeError: As `Engine` and `ServedVariant`; a chat template that is none is refused here too.
     """
     with open_socket(host, port, options.write_timeout_s) as listener:
-        engine = Engine(bundle, engine_options)
+        engine = load(bundle, engine_options)
         engine.preload()
         service = EngineService(engine, max_queue=max_queue, max_queue_per_variant=max_queue_per_variant)
         # What could never wait all at once is refused for good, not for now.

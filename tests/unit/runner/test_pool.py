@@ -200,3 +200,18 @@ def test_a_pool_file_that_became_shorter_is_an_error_and_not_the_end_of_the_proc
         cached.layers[1].output(1, hidden(1))
     assert torch.equal(cached.layers[0].output(0, hidden(1)), expected)
     assert torch.equal(whole.layers[0].output(0, hidden(1)), expected)
+
+
+def test_loading_tells_every_byte_of_the_pool(bundle):
+    told = []
+
+    class Told:
+        def start(self, title, total_bytes):
+            told.append(total_bytes)
+
+        def advance(self, num_bytes):
+            told.append(num_bytes)
+
+    ExpertPool(bundle, torch.float32, CPU, progress=Told())
+    files = {bundle.folder / layer.file for layer in bundle.manifest.layers}
+    assert told[0] == sum(told[1:]) == sum(path.stat().st_size for path in files)
