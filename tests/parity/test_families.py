@@ -85,6 +85,7 @@ CASES = {
     "telechat_moe": [{"tied_head": False, "num_kv_heads": 4}],
     "olmoe": [{}, RENORMALISED, {"projection_clip": 0.5}],
     "phimoe": [{}, {"attention_bias": True, "has_head_bias": True, "num_experts": 6, **LONGROPE}],
+    "qwen2": [{}, {**YARN, "rope_mscale": None, "rope_mscale_all": None}],
     "qwen2_moe": [{}, {"has_qkv_bias": False, "dense_layers": "[0]"}, RENORMALISED],
     "qwen3_moe": [
         {},
