@@ -75,6 +75,7 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "telechat": "TelechatForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",

@@ -87,6 +87,7 @@ CASES = {
     "phimoe": [{}, {"attention_bias": True, "has_head_bias": True, "num_experts": 6, **LONGROPE}],
     "qwen2": [{}, {**YARN, "rope_mscale": None, "rope_mscale_all": None}],
     "qwen2_moe": [{}, {"has_qkv_bias": False, "dense_layers": "[0]"}, RENORMALISED],
+    "qwen3": [{}, {"head_size": 12}],
     "qwen3_moe": [
         {},
         {"sparse_step": 2, "num_layers": 3},
