@@ -1,6 +1,8 @@
 """What is supported, and in which form things are written: told from where it is decided."""
 
+import difflib
 import json
+from pathlib import Path
 
 import jsonschema_rs
 import pytest
@@ -11,6 +13,8 @@ from moemerge.consolidation.recipe import KINDS, read_recipe
 from moemerge.errors import InvalidRecipe
 from tests.e2e.program import call_program
 from tests.factories import write_siblings
+
+ROOT = Path(__file__).parents[2]
 
 
 def schema_of(name):
@@ -43,6 +47,16 @@ def test_family_is_told_as_its_description_says(name):
         assert all(key in told and reason in told for key, reason in left_out.items())
     data = call_program("families", name, "--json").envelope["data"]
     assert type(family).model_validate(data) == family
+
+
+def test_page_on_adding_a_family_shows_what_one_took():
+    folder = ROOT / "moemerge" / "checkpoint" / "families"
+    before, after = (
+        (folder / f"{name}.json").read_text(encoding="utf-8").splitlines() for name in ("qwen2", "qwen3")
+    )
+    lines = difflib.unified_diff(before, after, "qwen2.json", "qwen3.json", n=0, lineterm="")
+    diff = "\n".join(line for line in lines if not line.startswith("@@"))
+    assert f"```diff\n{diff}\n```" in (ROOT / "docs" / "add-a-family.md").read_text(encoding="utf-8")
 
 
 def test_unknown_family_is_refused_with_those_that_are_known():

@@ -78,6 +78,15 @@ MODELS = {
             "original_max_position_embeddings": 8192,
         },
     }),
+    "Qwen2.5-7B": ("qwen2", 339, 7_615_616_512, 5_703_204_864, {
+        **QWEN, "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "rope_theta": 1e6, "sliding_window": 131072,
+    }),
+    "Qwen3-8B": ("qwen3", 399, 8_190_735_360, 5_435_817_984, {
+        **QWEN, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 1e6, "attention_bias": False,
+    }),
 }  # fmt: skip
 """Family, tensors, parameters in all and of experts, and the keys of `config.json` that tell of them."""
 
