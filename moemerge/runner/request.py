@@ -27,7 +27,7 @@ class Request:
         request_id: Chosen by the caller; not in use at the same time.
         variant: Who answers.
         prompt_ids: At least one token.
-        max_tokens: Longest answer.
+        max_tokens: Longest answer; context and cache must hold it beside the prompt.
         sampling: How tokens are chosen.
         stop_ids: End the answer and are not given out.
         min_tokens: No stop id is chosen before.
