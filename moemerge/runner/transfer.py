@@ -74,7 +74,7 @@ class Transfer:
     packed: dict[Piece, Tensor] = field(default_factory=dict)
 
     def carry_out(self, *, is_alone: bool = False) -> Swap:
-        """Copy everything, in the order of the layers; may run on another thread.
+        """Copy everything; may run on another thread.
 
         Args:
             is_alone: Nothing computes meanwhile, so that copies may take all processors.
@@ -136,7 +136,7 @@ def _is_plain(source: Tensor, target: Tensor) -> bool:
 
 
 def _copy(source: Tensor, target: Tensor) -> None:
-    if _is_plain(source, target):
+    if _is_plain(source, target) and source.dim():
         # One thread and no lock of the interpreter, so that others go on beside it.
         target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
     else:

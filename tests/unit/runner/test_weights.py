@@ -5,11 +5,15 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moemerge.bundle.reader import open_bundle
+from moemerge.checkpoint.headers import read_header
+from moemerge.checkpoint.tensors import map_tensors
 from moemerge.errors import DamagedBundle, DamagedInput, MoemergeError
 from moemerge.models.products import can_pack
 from moemerge.runner import transfer as transfer_module
+from moemerge.runner.transfer import Transfer
 from moemerge.runner.weights import WeightStore
 from tests.bundles import NAMES
 from tests.factories import flip_byte, read_canonical, truncate
@@ -79,6 +83,19 @@ def test_copies_in_shares_bring_every_byte_and_their_errors(monkeypatch, copied)
     truncate(own_file(copied, "large"), -100)
     with pytest.raises(DamagedInput, match="large"):
         transfer.carry_out(is_alone=True)
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_a_tensor_of_one_number_is_copied_like_others(is_alone, tmp_path):
+    save_file({"scale": torch.tensor(2.5), "row": torch.arange(3.0)}, tmp_path / "tensors.safetensors")
+    places, sources = (
+        read_header(tmp_path / "tensors.safetensors"),
+        map_tensors(tmp_path / "tensors.safetensors"),
+    )
+    targets = {name: torch.zeros_like(source) for name, source in sources.items()}
+    copies = tuple((places[name], sources[name], targets[name]) for name in sources)
+    Transfer("plain", copies, (), 16, 0).carry_out(is_alone=is_alone)
+    assert same(targets, sources)
 
 
 @pytest.mark.parametrize("instead_of", [[], ["plain"]], ids=["beside", "instead"])
