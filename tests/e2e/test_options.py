@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from moemerge.cli.app import app
+from moemerge.cli.schema import EXIT_CODES
 from tests.e2e.program import call_program
 from tests.factories import write_checkpoint
 
@@ -52,6 +53,12 @@ def test_shared_names_are_documented():
     page = (ROOT / "docs" / "program.md").read_text(encoding="utf-8")
     for option, name in SHARED.items():
         assert re.search(f"`--{option}`.*`{name}`", page), option
+
+
+def test_exit_codes_are_documented():
+    page = (ROOT / "docs" / "program.md").read_text(encoding="utf-8").partition("## Exit codes")[2]
+    rows = re.findall(r"^\| ([\d, ]+) \|", page, re.MULTILINE)
+    assert [int(code) for row in rows for code in row.split(", ")] == list(EXIT_CODES)
 
 
 def test_help_cuts_no_description():

@@ -12,6 +12,7 @@ import pytest
 from moemerge.bundle.manifest import Features, Manifest, PoolLayer, Provenance, VariantEntry
 from moemerge.checkpoint.headers import read_header
 from moemerge.cli.app import app
+from moemerge.consolidation.recipe import KINDS
 from tests.documented import Workplace, steps_of
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,11 @@ def test_names_in_architecture_exist():
 
 
 BUNDLE_PLACES = {"reports/", "shared/", "variants/code/"}
+
+
+def test_page_on_recipes_names_every_key():
+    keys = (ROOT / "examples" / "README.md").read_text(encoding="utf-8").partition("## Recipe keys")[2]
+    assert set(re.findall(r"`([a-z_]+)`", keys)) >= KINDS.keys()
 
 
 def test_bundle_format_names_every_manifest_key():
