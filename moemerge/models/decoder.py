@@ -15,6 +15,7 @@ from moemerge.models.config import DecoderConfig, Norm, SharedExpert
 from moemerge.models.experts import ACTIVATIONS, Experts
 from moemerge.models.groups import plan_groups
 from moemerge.models.latent_attention import LatentAttention
+from moemerge.models.rotary import rotary_tables
 from moemerge.models.routing import TOKEN_ROUTINGS, Route, RouteObserver, Routing, one_expert, sparsemixer
 from moemerge.models.self_attention import GroupedAttention
 from moemerge.models.weights import Weights
@@ -51,7 +52,7 @@ class Decoder:
             hidden_TD = weights.norm("embedding_norm", hidden_TD, config.norm_eps)
         if config.embedding_factor != 1.0:
             hidden_TD = hidden_TD * config.embedding_factor
-        tables = self._attention.tables(batch.positions_T, hidden_TD.dtype)
+        tables = rotary_tables(batch.positions_T, config.head_size, config.rotary, hidden_TD.dtype)
         granularity = 1 if keys is None else keys.granularity
         groups = {
             window: plan_groups(batch.spans, window, granularity, hidden_TD.device, hidden_TD.dtype)

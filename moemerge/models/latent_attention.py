@@ -18,7 +18,7 @@ from torch import Tensor
 from moemerge.models.attention import KeyValues, attend
 from moemerge.models.config import DecoderConfig
 from moemerge.models.groups import Group
-from moemerge.models.rotary import RotaryTables, pairs_apart, rotary_tables, rotate, score_factor
+from moemerge.models.rotary import RotaryTables, pairs_apart, rotate, score_factor
 from moemerge.models.weights import Weights
 
 
@@ -32,10 +32,6 @@ class LatentAttention:
         self._latent, self._unrotated = config.latent_size, config.unrotated_size
         head_size = config.unrotated_size + config.head_size
         self._scale = head_size**-0.5 * score_factor(config.rotary)
-
-    def tables(self, positions_T: Tensor, dtype: torch.dtype) -> RotaryTables:
-        """What all layers need to know of the positions of a batch."""
-        return rotary_tables(positions_T, self._config.head_size, self._config.rotary, dtype)
 
     def attend(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor
 from moemerge.models.attention import KeyValues, attend
 from moemerge.models.config import DecoderConfig, ProjectionNorm
 from moemerge.models.groups import Group
-from moemerge.models.rotary import RotaryTables, rotary_tables, rotate
+from moemerge.models.rotary import RotaryTables, rotate
 from moemerge.models.weights import Weights
 
 
@@ -25,10 +25,6 @@ class GroupedAttention:
         self._scale = config.attention_scale or config.head_size**-0.5
         has_norm = config.projection_norm != ProjectionNorm.NONE
         self._is_adjusted = bool(config.has_qkv_bias or config.projection_clip or has_norm)
-
-    def tables(self, positions_T: Tensor, dtype: torch.dtype) -> RotaryTables:
-        """What all layers need to know of the positions of a batch."""
-        return rotary_tables(positions_T, self._config.head_size, self._config.rotary, dtype)
 
     def attend(
         self,
