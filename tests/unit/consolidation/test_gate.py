@@ -1,0 +1,124 @@
+"""Shares that must be kept, devices that must hold, and what a missed share does to the next plan."""
+
+import pytest
+
+from moemerge.checkpoint.variants import open_variants
+from moemerge.consolidation import spending
+from moemerge.consolidation.budget import LEAST
+from moemerge.consolidation.fitting import Device, budget_of
+from moemerge.consolidation.gate import Gate, check_gate
+from moemerge.consolidation.quality import Quality
+from moemerge.consolidation.rounds import corrected
+from moemerge.consolidation.spending import Prices, least_bytes, predicted_loss, spend
+from moemerge.errors import InvalidRecipe
+from moemerge.refs import FolderRef
+from tests.factories import write_siblings
+from tests.unit.consolidation.test_spending import (
+    LADDER,
+    NAMES,
+    PLAIN_BYTES,
+    SHAPES,
+    SLOTS,
+    layer_record,
+    layers,
+    twins_record,
+)
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, 99])
+def test_only_a_share_can_be_asked_for(share):
+    for kind in ("floor", "mean"):
+        with pytest.raises(InvalidRecipe, match="expected a share"):
+            Gate(**{kind: share})
+
+
+def test_gate_names_whoever_misses_it():
+    gate = Gate(floor=0.9, mean=0.95)
+    assert gate.missed({"a": 0.99, "b": 0.93}) == []
+    told = "; ".join(gate.missed({"a": 0.99, "b": 0.85}))
+    assert "variant b keeps 0.8500" in told
+    assert "0.9200 of what they gained on average" in told
+    assert "variant a" not in told
+
+
+def test_excess_is_how_much_too_much_is_lost():
+    gate = Gate(floor=0.9, mean=0.95)
+    assert gate.excess({"a": 0.01, "b": 0.08}) == 0
+    assert gate.excess({"a": 0.01, "b": 0.2}) == pytest.approx(0.1)
+    assert gate.excess({"a": 0.1, "b": 0.1}) == pytest.approx(0.05)
+    assert Gate().is_open
+    assert Gate().excess({"a": 5.0}) == 0
+
+
+def test_share_of_a_gain_that_is_not_known_is_refused():
+    check_gate(Gate(), {})
+    check_gate(Gate(floor=0.9), {"a": 0.1})
+    with pytest.raises(InvalidRecipe, match="needs the base, and text"):
+        check_gate(Gate(floor=0.9), {})
+
+
+def prices(scale=1.0, **importance):
+    return Prices(
+        ladder=LADDER,
+        shapes=SHAPES,
+        plain_bytes=PLAIN_BYTES,
+        importance=importance,
+        correction=dict.fromkeys(NAMES, scale),
+    )
+
+
+@pytest.mark.parametrize("gate", [Gate(mean=0.9), Gate(floor=0.95), Gate(mean=0.97, floor=0.9)])
+def test_least_bytes_keep_what_is_asked_for_and_fewer_do_not(gate):
+    records, given = layers(), prices()
+    least = least_bytes(records, NAMES, given, gate)
+    lost = {}
+    for name, allowed in (("kept", least), ("missed", int(0.98 * least))):
+        found = spend(records, NAMES, allowed, given, gate)
+        lost[name] = {variant: predicted_loss(found, variant, given) for variant in NAMES}
+    assert gate.excess(lost["kept"]) == 0
+    assert gate.excess(lost["missed"]) > 0
+    assert least_bytes(records, NAMES, prices(scale=3.0), gate) > least
+
+
+def test_floor_moves_bytes_to_the_variant_that_misses_it(monkeypatch):
+    """Where losses are otherwise left as uneven as the sum wants them."""
+    monkeypatch.setattr(spending, "_BALANCED", 10.0)
+    slots = [twins_record(slot, shared=1.0, probe=1e-3 * (1 + slot)) for slot in range(SLOTS)]
+    records, given = [layer_record(slots, number) for number in range(2)], prices()
+    lost = {}
+    for floor in (None, 0.999):
+        found = spend(records, NAMES, int(0.6 * PLAIN_BYTES * 2 * SLOTS), given, Gate(floor=floor))
+        lost[floor] = max(predicted_loss(found, name, given) for name in NAMES)
+    assert lost[0.999] < lost[None]
+
+
+def test_prediction_is_corrected_by_what_was_measured():
+    qualities = {
+        "a": Quality(damage={"measured": 0.02, "kl": 0.01}),
+        "b": Quality(damage={"measured": -0.001, "kl": 0.005}),
+        "c": Quality(),
+    }
+    predicted = {"a": 0.01, "b": 0.01, "c": 0.01}
+    found = corrected({"a": 3.0}, predicted, qualities)
+    assert found == pytest.approx({"a": 6.0, "b": 0.5})
+    assert corrected({}, predicted, qualities, 0.5)["a"] == pytest.approx(2**0.5)
+    extreme = {"a": Quality(damage={"measured": 9.0, "kl": 9.0})}
+    assert corrected({}, {"a": 1e-9}, extreme)["a"] == pytest.approx(10)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
+def test_device_leaves_what_variants_and_cache_do_not_take(family, tmp_path):
+    _, folders = write_siblings(tmp_path, family)
+    variants = open_variants({name: FolderRef(folder) for name, folder in folders.items()})
+    others = sum(checkpoint.other_bytes for checkpoint in variants.variants.values())
+    one, two = (budget_of(Device(text="10MB", batch=2, tokens=n), variants) for n in (100, 200))
+    cache = one.limit - two.limit
+    # Layers, heads and width of the tiny decoders; keys and values, in bf16.
+    layers_, heads = (2, 2) if family == "mixtral" else (4, 4)
+    assert cache == 2 * 100 * 2 * layers_ * heads * 8 * 2
+    assert one.limit == 10_000_000 - others - cache
+    assert one != LEAST
+    with pytest.raises(InvalidRecipe, match="leaves nothing for experts"):
+        budget_of(Device(text="1kB"), variants)
+    with pytest.raises(InvalidRecipe, match="at least one sequence"):
+        Device(text="1GB", batch=0)
