@@ -113,7 +113,16 @@ def main() -> None:
             )
             bundle = scratch / "bundle.moe"
             row["merge"], row["merge peak"] = run_moemerge(
-                "merge", *sources, "-o", str(bundle), "--budget", "1x", "--max-ram", arguments.max_ram
+                "merge",
+                *sources,
+                "-o",
+                str(bundle),
+                "--budget",
+                "1x",
+                "--policy",
+                "cluster",
+                "--max-ram",
+                arguments.max_ram,
             )
             written = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
             shutil.rmtree(bundle)

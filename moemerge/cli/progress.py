@@ -1,5 +1,6 @@
 """Progress on standard error: a bar in a terminal, plain lines elsewhere. Bytes, rate, time left."""
 
+import logging
 import sys
 import threading
 import time
@@ -10,13 +11,22 @@ from moemerge.checkpoint.sizes import format_size
 from moemerge.cli.command import hint
 from moemerge.progress import Progress, Silent
 
+logger = logging.getLogger(__name__)
 FIRST_SECONDS, PLAIN_SECONDS = 2.0, 5.0
 """When work is told of that takes a while, and how often from then on, where lines are printed."""
 
 
 @contextmanager
 def show_progress(*, quiet: bool) -> Iterator[Progress]:
-    """Progress for the length of a command."""
+    """Progress for the length of a command; how long each task took is logged."""
+    with _shown(quiet=quiet) as shown:
+        logged = _Logged(shown)
+        yield logged
+        logged.end()
+
+
+@contextmanager
+def _shown(*, quiet: bool) -> Iterator[Progress]:
     if quiet:
         yield Silent()
     elif sys.stderr.isatty():
@@ -26,6 +36,27 @@ def show_progress(*, quiet: bool) -> Iterator[Progress]:
         plain = _Plain()
         yield plain
         plain.end()
+
+
+class _Logged:
+    """Progress that logs how long it was from the beginning of each task to that of the next."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._title = ""
+        self._begin = time.monotonic()
+        self.advance = progress.advance
+
+    def start(self, title: str, total_bytes: int) -> None:
+        self.end()
+        self._title, self._begin = title, time.monotonic()
+        self._progress.start(title, total_bytes)
+
+    def end(self) -> None:
+        """Close the last task."""
+        if self._title:
+            logger.info("%s: %.1f s", self._title, time.monotonic() - self._begin)
+            self._title = ""
 
 
 @contextmanager
