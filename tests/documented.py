@@ -25,7 +25,7 @@ _BLOCK = re.compile(
     r"(?:\n\n```text\n(?P<printed>.*?)```)?",
     re.DOTALL,
 )
-_PROGRESS = re.compile(r"^.*: [\d.]+ \w+ (of .* left|in [\d.]+ s)\n", re.MULTILINE)
+_PROGRESS = re.compile(r"^.*(: [\d.]+ \w+ (of .* left|in [\d.]+ s)|it/s\])\n", re.MULTILINE)
 _MACHINE = re.compile(r"\b(?:chat)?cmpl-\w+|-?\d+(?:\.\d+)?(?:e-?\d+)?|[┌└├│─]+")
 _PORT = "8642"
 
