@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from moemerge.calibration.folder import calibrate
+from moemerge.calibration.calibrating import calibrate
 from moemerge.calibration.passes import CalibrationOptions
 from moemerge.checkpoint.variants import VariantSet, open_variants
 from moemerge.consolidation.measured import TextStatistics

@@ -61,7 +61,7 @@ def calibrate(
     Example: moemerge calibrate code=examples/families/mini/code -o calibration --tokens 4096
     --text code=examples/families/mini/text/code.txt
     """
-    from moemerge.calibration.folder import calibrate as calibrate_variants
+    from moemerge.calibration.calibrating import calibrate as calibrate_variants
     from moemerge.calibration.passes import CalibrationOptions
     from moemerge.calibration.texts import parse_texts
     from moemerge.cli.inputs import open_sources, parse_max_ram

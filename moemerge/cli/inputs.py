@@ -82,7 +82,8 @@ def open_statistics(
         IncompatibleInputs: It was made with other weights.
         NotFound, UnsupportedCheckpoint, DamagedInput: It cannot be read.
     """
-    from moemerge.calibration.folder import calibrate, open_calibration
+    from moemerge.calibration.calibrating import calibrate
+    from moemerge.calibration.folder import open_calibration
     from moemerge.calibration.passes import CalibrationOptions
     from moemerge.calibration.texts import parse_texts
     from moemerge.consolidation.measured import TextStatistics

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.bundle.reader import is_bundle, open_bundle
-from moemerge.calibration.folder import calibrate
+from moemerge.calibration.calibrating import calibrate
 from moemerge.calibration.passes import CalibrationOptions
 from moemerge.calibration.texts import read_text
 from moemerge.checkpoint.tensors import TensorReader

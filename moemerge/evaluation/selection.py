@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moemerge.bundle.reader import is_bundle, open_bundle
-from moemerge.calibration.folder import calibrate, open_calibration
+from moemerge.calibration.calibrating import calibrate
+from moemerge.calibration.folder import open_calibration
 from moemerge.calibration.passes import CalibrationOptions
 from moemerge.calibration.texts import parse_texts
 from moemerge.checkpoint.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moemerge.calibration.folder import calibrate
+from moemerge.calibration.calibrating import calibrate
 from moemerge.calibration.passes import CalibrationOptions
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.layers import write_similarity

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from moemerge.calibration import folder as module
+from moemerge.calibration import calibrating as module
 from moemerge.calibration import passes
-from moemerge.calibration.folder import INDEX, calibrate, layer_file, open_calibration
+from moemerge.calibration.calibrating import calibrate
+from moemerge.calibration.folder import INDEX, layer_file, open_calibration
 from moemerge.calibration.passes import CalibrationOptions
 from moemerge.checkpoint.variants import open_variants
 from moemerge.errors import (
