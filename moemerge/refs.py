@@ -1,4 +1,4 @@
-"""Names of things: experts, pool experts, and where a checkpoint comes from.
+"""Names of things: experts, and where a checkpoint comes from.
 
 Knows the grammar of references and nothing of files or networks.
 """
@@ -24,14 +24,6 @@ class ExpertRef(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.variant}:{self.layer}.{self.slot}"
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class PoolRef:
-    """One of the experts stored for a layer."""
-
-    layer: int
-    index: int
 
 
 @dataclass(frozen=True, slots=True)
