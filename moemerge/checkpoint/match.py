@@ -80,6 +80,7 @@ def _place_roles(matched: MatchedTensors, family: Family, settings: Settings) ->
     symbols = family.symbols(settings)
     known: list[str] = []
     missing: list[str] = []
+    is_untied = False
     for role, names, pattern in family.expected_tensors(settings):
         known += names
         present = [name for name in names if name in matched.unplaced]
@@ -89,8 +90,9 @@ def _place_roles(matched: MatchedTensors, family: Family, settings: Settings) ->
             matched.tensors[role] = matched.take(present[0], evaluate_shape(pattern.shape, symbols))
         elif not (pattern.tied_to and settings["tied_head"]):
             missing.append(names[0])
+            is_untied = is_untied or pattern.tied_to is not None
     if missing:
-        hint = " (untied head: tie_word_embeddings is false)" if "lm_head.weight" in missing else ""
+        hint = " (untied head: tie_word_embeddings is false)" if is_untied else ""
         matched.error(
             "TENSOR_MISSING",
             f"{len(missing)} expected tensors are missing; first {missing[0]}{hint}",
