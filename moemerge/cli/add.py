@@ -12,6 +12,7 @@ from moemerge.cli.command import (
     MaxRamOption,
     OfflineOption,
     QuietOption,
+    RestartOption,
     print_findings,
     print_json,
 )
@@ -29,9 +30,6 @@ NewBundleOption = Annotated[
 LinkOption = Annotated[
     bool,
     typer.Option("--link", help="With -o: link files that stay instead of copying them. Never edit either."),
-]
-RestartOption = Annotated[
-    bool, typer.Option("--restart", help="Discard what an interrupted run has finished.")
 ]
 
 

@@ -43,6 +43,9 @@ MaxRamOption = Annotated[
     str | None,
     typer.Option("--max-ram", metavar="SIZE", help="Memory to stay within.", envvar="MOEMERGE_MAX_RAM"),
 ]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Discard what an interrupted run has finished.")
+]
 AllowPickleOption = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Convert pickled weights (opened weights-only) to safetensors."),

@@ -12,6 +12,7 @@ from moemerge.cli.command import (
     MaxRamOption,
     OfflineOption,
     QuietOption,
+    RestartOption,
     print_json,
 )
 from moemerge.cli.executors import LOCAL, AddressOption, ExecutorOption, open_executor
@@ -74,9 +75,7 @@ def merge(
     max_ram: MaxRamOption = None,
     engine: ExecutorOption = LOCAL,
     address: AddressOption = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard what an interrupted run has finished.")
-    ] = False,
+    restart: RestartOption = False,
     offline: OfflineOption = False,
     allow_pickle: AllowPickleOption = False,
     quiet: QuietOption = False,

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from moemerge.cli.add import BundleArgument, LinkOption, NewBundleOption, RestartOption
-from moemerge.cli.command import JsonOption, QuietOption, print_json
+from moemerge.cli.add import BundleArgument, LinkOption, NewBundleOption
+from moemerge.cli.command import JsonOption, QuietOption, RestartOption, print_json
 from moemerge.cli.progress import show_progress
 
 
