@@ -16,8 +16,9 @@ from moemerge.bundle.coded import (
 )
 from moemerge.bundle.layout import pool_tensor, residual_file, residual_tensor
 from moemerge.bundle.manifest import Manifest, PoolLayer, VariantEntry, read_manifest
-from moemerge.checkpoint.family import Family, evaluate_shape, find_family
+from moemerge.checkpoint.family import Family, Setting, SettingRule, evaluate_shape, find_family
 from moemerge.checkpoint.headers import StoredTensor, read_header
+from moemerge.checkpoint.settings import is_list_text
 from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors, torch_dtype
 from moemerge.errors import DamagedBundle, NotFound
 from moemerge.models.packed import Matrix, Residual
@@ -275,13 +276,17 @@ def _check_settings(bundle: Bundle, variant: str) -> None:
     for name, rule in bundle.family.settings.items():
         value = settings.get(name)
         absent_on_purpose = value is None and name in settings and rule.optional
-        if not absent_on_purpose and (
-            type(value) not in _KINDS[rule.value_kind] or (isinstance(value, int) and value < 0)
-        ):
+        if not absent_on_purpose and not _is_of_kind(value, rule):
+            expected = f"the text of a list of {rule.kind}" if rule.is_list else f"a {rule.value_kind}"
             raise DamagedBundle(
-                f"{bundle.folder}: variant {variant}: setting {name} is {value!r}, "
-                f"expected a {rule.value_kind}"
+                f"{bundle.folder}: variant {variant}: setting {name} is {value!r}, expected {expected}"
             )
+
+
+def _is_of_kind(value: Setting, rule: SettingRule) -> bool:
+    if rule.is_list:
+        return is_list_text(value, rule.kind)
+    return type(value) in _KINDS[rule.value_kind] and not (isinstance(value, int) and value < 0)
 
 
 def _check_geometry(bundle: Bundle, variant: str) -> None:

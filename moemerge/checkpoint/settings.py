@@ -195,6 +195,14 @@ def _is_kind(value: Any, kind: str) -> bool:
     return 0 <= value <= 10**9 and (kind == "number" or isinstance(value, int))
 
 
+def is_list_text(value: object, kind: str) -> bool:
+    """Whether a setting is the JSON text of a list of that kind."""
+    try:
+        return _is_kind(json.loads(str(value)), kind)
+    except json.JSONDecodeError:
+        return False
+
+
 def _expected_kind(kind: str) -> str:
     if kind in _LISTS:
         return f"a list of {kind}"

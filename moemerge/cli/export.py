@@ -25,7 +25,7 @@ def export(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a variant back into an ordinary checkpoint, one tensor per expert and part.
+    """Turn a variant back into an ordinary checkpoint, in the layout that its family is published in.
 
     transformers loads the result, and for decoder-only families so do vLLM and llama.cpp's converter.
 

@@ -10,10 +10,15 @@ from moemerge.bundle.export import exported_tensors
 from moemerge.bundle.manifest import MANIFEST, check_path, dump_manifest, read_manifest
 from moemerge.bundle.reader import open_bundle
 from moemerge.bundle.verify import verify_bundle
+from moemerge.checkpoint.variants import open_variants
+from moemerge.consolidation.pipeline import merge
+from moemerge.consolidation.task import options_of
 from moemerge.errors import DamagedBundle, MoemergeError, NotFound, UnsupportedCheckpoint
+from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
 from moemerge.runner.options import EngineOptions
 from tests.e2e.program import call_program
+from tests.factories import write_checkpoint
 
 PATHS = ["pool/x.safetensors", "moemerge.json", "variants/a/b c.json", "x/..y", "ä/ö"]
 ESCAPES = [
@@ -171,3 +176,12 @@ def test_wrong_value_anywhere_is_refused_or_harmless(wrong, bundle):
             except Exception as error:
                 raise AssertionError(f"{'.'.join(map(str, path))} = {wrong!r}") from error
             (bundle / MANIFEST).write_text(text)
+
+
+@pytest.mark.parametrize("text", ["[0", "0", '["first"]', None])
+def test_setting_that_is_no_list_is_refused(text, tmp_path):
+    folder = write_checkpoint(tmp_path / "one", "qwen3_moe", settings={"dense_layers": "[0]"})
+    merge(open_variants({"one": FolderRef(folder)}), tmp_path / "x.moe", options_of("exact"))
+    rewrite(tmp_path / "x.moe", lambda m: m["variants"]["one"]["settings"].update(dense_layers=text))
+    with pytest.raises(DamagedBundle, match=r"dense_layers is .* expected the text of a list of integers"):
+        open_bundle(tmp_path / "x.moe")
