@@ -33,6 +33,12 @@ def deploy(
     max_queue: Annotated[
         int, typer.Option("--max-queue", min=0, help="Requests that may wait; further ones get 503.")
     ] = 1024,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file", metavar="FILE", help="Ask for one of these keys, one per line, mode 600."
+        ),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address that nodes listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of the nodes.")] = 8000,
     quiet: QuietOption = False,
@@ -50,6 +56,7 @@ def deploy(
     with open_cluster(address) as cluster:
         from moemerge.distributed import deployment
         from moemerge.runner.options import EngineOptions
+        from moemerge.server.keys import read_keys
 
         options = deployment.DeployOptions(
             min_replicas=least,
@@ -57,6 +64,7 @@ def deploy(
             engine=EngineOptions(device=device, dtype=dtype, resident=resident, max_batch=max_batch),
             threads=threads,
             max_queue=max_queue,
+            api_keys=read_keys(api_key_file) if api_key_file else (),
         )
         deployment.quiet_logs()
         deployment.start_serving(host, port)

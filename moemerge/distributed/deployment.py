@@ -54,6 +54,7 @@ class DeployOptions:
         engine: Of every replica.
         threads: Of torch, and processors that are reserved, for each replica.
         max_queue: Requests that may wait; further ones are refused.
+        api_keys: One of them is asked for, when there are any.
         router: Decides who answers; see `routing`.
     """
 
@@ -62,6 +63,7 @@ class DeployOptions:
     engine: EngineOptions = field(default_factory=EngineOptions)
     threads: int = 1
     max_queue: int = 1024
+    api_keys: tuple[str, ...] = ()
     router: RouterClass = VariantRouter
 
     def __post_init__(self) -> None:
@@ -81,19 +83,25 @@ class FrontDoor:
         version: See `Replica`.
         max_batch: Requests that all replicas together may compute at once.
         max_queue: Requests that may wait.
+        api_keys: One of them is asked for, when there are any.
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve waits for it
-        self, replicas: Any, folder: str, version: str, max_batch: int, max_queue: int
+        self,
+        replicas: Any,
+        folder: str,
+        version: str,
+        max_batch: int,
+        max_queue: int,
+        api_keys: tuple[str, ...],
     ) -> None:
-        self._folder = folder
+        self._bundle = open_bundle(Path(folder))
+        self._options = ServerOptions(api_keys=api_keys, docs=False)
         self._service = ReplicaService(replicas, max_batch, max_queue)
         await self._service.begin()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        serving = Serving(
-            bundle=open_bundle(Path(self._folder)), service=self._service, options=ServerOptions(docs=False)
-        )
+        serving = Serving(bundle=self._bundle, service=self._service, options=self._options)
         for name in self._service.variants:
             serving.variant(name).require_readable()
         return build_app(serving)
@@ -192,7 +200,9 @@ def _application(folder: Path, options: DeployOptions) -> serve.Application:
     )
     bound = replicas.bind(str(folder), version, options.engine, options.threads)
     max_batch = options.engine.max_batch * options.max_replicas
-    application: serve.Application = front.bind(bound, str(folder), version, max_batch, options.max_queue)
+    application: serve.Application = front.bind(
+        bound, str(folder), version, max_batch, options.max_queue, options.api_keys
+    )
     return application
 
 

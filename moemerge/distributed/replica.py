@@ -13,7 +13,7 @@ import torch
 from ray import serve
 
 from moemerge.bundle.reader import open_bundle
-from moemerge.distributed.routing import tokens_of
+from moemerge.distributed.routing import swap_tokens_of, tokens_of
 from moemerge.errors import MoemergeError, ServingError
 from moemerge.runner.engine import Engine
 from moemerge.runner.intake import VariantLimits
@@ -74,6 +74,7 @@ class Replica:
         self._service = EngineService(engine, max_queue=_UNBOUNDED)
         self._service.start()
         self._rows = max(1, len([s for s in engine.snapshot().variants.values() if s.state in _RESIDENT]))
+        self._step_tokens = options.max_step_tokens
         self._left: dict[str, int] = {}
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
@@ -122,7 +123,12 @@ class Replica:
     def record_routing_stats(self) -> dict[str, Any]:
         """What routers are told."""
         state = self.state()
-        return {"rows": self._rows, "residents": state.residents, "queued_tokens": state.queued_tokens}
+        return {
+            "rows": self._rows,
+            "residents": state.residents,
+            "queued_tokens": state.queued_tokens,
+            "swap_tokens": swap_tokens_of(state.snapshot, self._step_tokens),
+        }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What decides on the number of replicas."""

@@ -10,10 +10,14 @@ from typing import Any, TypeVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from moemerge.runner.metrics import Snapshot
 from moemerge.runner.request import Request
 
-SWAP_TOKENS = 4096
-"""Queued tokens that are waited for rather than to move a variant to another replica."""
+SWAP_TOKENS = 1024
+"""Queued tokens that a swap counts as, until one was measured."""
+SWAPS = 2
+"""A swap counts twice: who is displaced comes back. Less moves variants too often, more lets queues grow
+(`docs/scale.md`)."""
 Key = TypeVar("Key")
 
 
@@ -26,12 +30,14 @@ class Load:
         residents: Variants that are there or on their way, the one used last at the end.
         queued: Tokens by request, that were sent and have not been answered.
         told: Tokens that the replica itself said were queued, those from elsewhere included.
+        swap_tokens: Queued tokens that are waited for rather than to make a variant resident.
     """
 
     rows: int = 1
     residents: OrderedDict[str, None] = field(default_factory=OrderedDict)
     queued: dict[str, int] = field(default_factory=dict)
     told: int = 0
+    swap_tokens: int = SWAP_TOKENS
 
     @property
     def tokens(self) -> int:
@@ -46,7 +52,7 @@ class Load:
             self.residents.popitem(last=False)
 
 
-def rank(variant: str, loads: Mapping[Key, Load], swap_tokens: int = SWAP_TOKENS) -> list[Key]:
+def rank(variant: str, loads: Mapping[Key, Load]) -> list[Key]:
     """Replicas, the best first: by queued tokens, where a swap counts as so many; then by free rows.
 
     Popular variants queue, spill and so become resident in more places; others stay where they are.
@@ -54,9 +60,24 @@ def rank(variant: str, loads: Mapping[Key, Load], swap_tokens: int = SWAP_TOKENS
 
     def cost(key: Key) -> tuple[int, int]:
         load = loads[key]
-        return load.tokens + (0 if variant in load.residents else swap_tokens), len(load.residents)
+        return load.tokens + (0 if variant in load.residents else load.swap_tokens), len(load.residents)
 
     return sorted(loads, key=cost)
+
+
+def swap_tokens_of(snapshot: Snapshot, step_tokens: int) -> int:
+    """What a swap counts as, from how long swaps took and how fast tokens were computed.
+
+    Args:
+        snapshot: Of an engine.
+        step_tokens: That it computes in a step; a queue that one step takes is not worth a swap.
+    """
+    swaps = sum(variant.figures.swaps for variant in snapshot.variants.values())
+    seconds = sum(variant.figures.swap_seconds for variant in snapshot.variants.values())
+    if not swaps or not snapshot.steps.tokens:
+        return max(SWAP_TOKENS, step_tokens)
+    measured = SWAPS * seconds / swaps * snapshot.steps.tokens / snapshot.steps.seconds
+    return max(round(measured), step_tokens)
 
 
 def tokens_of(request: Request) -> int:
@@ -70,7 +91,6 @@ class VariantRouter(RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """See `RequestRouter`."""
         self._loads: dict[ReplicaID, Load] = {}
-        self._swap_tokens = int(kwargs.get("swap_tokens", SWAP_TOKENS))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -81,7 +101,7 @@ class VariantRouter(RequestRouter):
         if request is None:
             return [list(candidate_replicas)]
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
-        order = rank(request.variant, {key: self._loads[key] for key in by_id}, self._swap_tokens)
+        order = rank(request.variant, {key: self._loads[key] for key in by_id})
         return [[by_id[key]] for key in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
@@ -106,6 +126,7 @@ class VariantRouter(RequestRouter):
             stats = replica.routing_stats
             if stats:
                 load.rows, load.told = stats["rows"], stats["queued_tokens"]
+                load.swap_tokens = stats["swap_tokens"]
                 for variant in stats["residents"]:
                     if len(load.residents) < load.rows:
                         load.residents.setdefault(variant)
