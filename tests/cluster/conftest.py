@@ -19,7 +19,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.ray)
-            item.add_marker(pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"))
             item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
             if "ray" not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason="starts a Ray cluster; make test-ray runs it"))
