@@ -22,7 +22,13 @@ from model import load_model, load_tokenizer
 from sizes import Size
 from training import SEED
 
-VARIANTS = ("code", "chat", "preferred", "thinker")
+VARIANTS = {
+    "code": ("code",),
+    "chat": ("chat",),
+    "preferred": ("chat", "preferred/adapter"),
+    "thinker": ("thinker",),
+}
+"""Folders of a source, the second one with an adapter to the first."""
 BUDGET = "1x"
 PATIENCE_S = 120.0
 
@@ -40,7 +46,7 @@ def consolidate(out: Path, size: Size) -> dict:
     """Calibrate, merge, verify and measure; then the held-out questions in mixed batches, and over HTTP."""
     bundle = out / "family.moe"
     tests, calibration = (write_texts(out, size, held_out=held_out) for held_out in (True, False))
-    variants = [f"{name}={out / name}" for name in VARIANTS]
+    variants = [f"{name}={'+'.join(str(out / part) for part in parts)}" for name, parts in VARIANTS.items()]
     base = ["--base", out / "base"]
     tokens = ["--tokens", size.calibration_tokens, "--window", size.window]
     calibrated = moemerge(

@@ -32,15 +32,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps of a smaller model, to see it run")
     parser.add_argument("--threads", type=int, default=2, help="of the processor (default: 2)")
     arguments = parser.parse_args()
+    out = arguments.out.resolve()
     torch.set_num_threads(arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for moemerge's commands
     size = QUICK if arguments.quick else FULL
-    stages = [make(stage, arguments.out, size) for stage in STAGES]
+    stages = [make(stage, out, size) for stage in STAGES]
     start_s = time.monotonic()
-    family = consolidate(arguments.out, size)
+    family = consolidate(out, size)
     family["wall_s"] = time.monotonic() - start_s
     figures = {"machine": report.machine(arguments.threads), "stages": stages, "family": family}
-    report.write(arguments.out / "figures.json", figures)
+    report.write(out / "figures.json", figures)
     print(report.tables(stages, family))
 
 

@@ -1,6 +1,7 @@
 """Direct preference optimisation: of two right answers the brief one. TRL's DPOTrainer with PEFT's LoRA.
 
-Only attention is adapted, so the experts stay those of `chat` to the bit, and moemerge finds them equal.
+Only attention is adapted, so the experts stay those of `chat` to the bit, which moemerge finds. It takes the
+adapter as it is; the merged checkpoint is there to be compared with.
 """
 
 from pathlib import Path
