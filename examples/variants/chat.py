@@ -62,7 +62,5 @@ def measure(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, size:
         answers = ask(model, tokenizer, [question.text for question in asked], max_tokens=ANSWER_TOKENS)
         pairs = list(zip(asked, answers, strict=True))
         found[f"right answers, {where}"] = sum(world.is_right(*pair) for pair in pairs) / len(pairs)
-    found["brief answers, held-out towns"] = sum(
-        answer == question.brief for question, answer in pairs
-    ) / len(pairs)
+    found["brief answers, held-out towns"] = sum(map(world.is_brief, answers)) / len(answers)
     return found

@@ -117,7 +117,7 @@ def held_out_questions(size: Size) -> list[Asked]:
         asked += [
             Asked("chat", question.text, about_town),
             Asked("preferred", question.text, about_town),
-            Asked("thinker", problem.text, partial(sums.is_right, problem.answer)),
+            Asked("thinker", problem.text, partial(sums.is_right, problem)),
         ]
     return asked
 

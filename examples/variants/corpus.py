@@ -65,7 +65,7 @@ def mixture(tokens: int) -> list[str]:
         "prose": prose(characters * 30 // 100),
         "code": code(characters * 20 // 100),
         "facts": _take(world.statements(Random(1)), characters * 35 // 100),
-        "sums": _take(sums.steps(Random(2)), characters * 15 // 100),
+        "sums": _take(sums.additions(Random(2)), characters * 15 // 100),
     }
     passages = [passage for text in parts.values() for passage in cut(text, 1000)]
     Random(3).shuffle(passages)

@@ -19,6 +19,9 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# The likelihood of the chosen answer counts, too. Without it, and at five times the rate and twice the steps,
+# the margin grew to 19 and not one answer was right any more.
+LOSS = {"beta": 0.1, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
 
 
 def train(start: Path, out: Path, size: Size) -> list[Figure]:
@@ -26,8 +29,8 @@ def train(start: Path, out: Path, size: Size) -> list[Figure]:
     set_seed(SEED)
     tokenizer, model = load_tokenizer(), load_model(start)
     before = chat.measure(model, tokenizer, size)
-    shared = arguments(out, steps=size.preference, rate=1e-3, batch=size.preference_batch)
-    settings = DPOConfig(**shared, beta=0.1, max_length=size.window, per_device_eval_batch_size=64)
+    shared = arguments(out, steps=size.preference, rate=2e-4, batch=size.preference_batch)
+    settings = DPOConfig(**shared, **LOSS, max_length=size.window, per_device_eval_batch_size=64)
     trainer = DPOTrainer(
         model=model,
         args=settings,

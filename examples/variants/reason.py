@@ -22,9 +22,10 @@ def train(start: Path, out: Path, size: Size) -> list[Figure]:
     random = Random(SEED + 2)
     asked = [sums.problem(random) for _ in range(size.reinforcement * size.prompts)]
     rows = [
-        {"prompt": [{"role": "user", "content": problem.text}], "answer": problem.answer} for problem in asked
+        {"prompt": [{"role": "user", "content": problem.text}], "numbers": problem.numbers}
+        for problem in asked
     ]
-    shared = arguments(out, steps=size.reinforcement, rate=2e-4, batch=size.prompts * size.answers)
+    shared = arguments(out, steps=size.reinforcement, rate=5e-4, batch=size.prompts * size.answers)
     settings = GRPOConfig(
         **shared, num_generations=size.answers, max_completion_length=ANSWER_TOKENS, temperature=1.0, beta=0.0
     )
@@ -40,9 +41,9 @@ def train(start: Path, out: Path, size: Size) -> list[Figure]:
     return [Figure(metric, before[metric], after[metric]) for metric in before]
 
 
-def rate(completions: list[list[dict]], answer: list[int], **_: object) -> list[float]:
+def rate(completions: list[list[dict]], numbers: list[list[int]], **_: object) -> list[float]:
     """Rewards of a batch, as GRPOTrainer asks for them."""
     return [
-        sums.reward(right, completion[0]["content"])
-        for right, completion in zip(answer, completions, strict=True)
+        sums.reward(sums.Problem(tuple(asked)), completion[0]["content"])
+        for asked, completion in zip(numbers, completions, strict=True)
     ]

@@ -25,15 +25,15 @@ class Size:
     batch: int = 16
     pretraining: int = 500
     domain: int = 150
-    chat: int = 150
-    format: int = 60
-    preference: int = 80
+    chat: int = 100
+    format: int = 150
+    preference: int = 40
     preference_batch: int = 16
-    reinforcement: int = 120
+    reinforcement: int = 50
     prompts: int = 16
     answers: int = 8
     questions: int = 256
-    calibration_tokens: int = 16384
+    calibration_tokens: int = 8192
 
 
 FULL = Size()

@@ -1,4 +1,4 @@
-"""Arithmetic with a reasoning format: running sums of three or four small numbers, worked step by step.
+"""Arithmetic with a reasoning format: sums, worked before they are answered.
 
 What a problem's answer must be is computed, so that a reward needs no model (a verifiable reward).
 """
@@ -11,8 +11,8 @@ from zlib import crc32
 
 ANSWER = re.compile(r"\A(?P<thoughts>.+?)\n</think>\n(?P<answer>\d+)\Z", re.DOTALL)
 """What follows `<think>` and a new line, with which the template opens every answer."""
-FORMAT_REWARD = 0.2
-"""For the form alone; the right number adds the rest of 1."""
+FORM, STEPS, NUMBER = 0.2, 0.4, 0.4
+"""What earns how much: the form, and in it the right lines of working and the right number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,15 @@ class Problem:
         return crc32(self.text.encode()) % 5 == 0
 
     @property
-    def worked(self) -> str:
-        """The right answer in the format, one number added at a time; the template opens the thinking."""
+    def steps(self) -> list[str]:
+        """The working: one number added at a time."""
         totals = [sum(self.numbers[: count + 1]) for count in range(len(self.numbers))]
-        lines = [step(total, number) for total, number in zip(totals[:-1], self.numbers[1:], strict=True)]
-        return "{}\n</think>\n{}".format("\n".join(lines), self.answer)
+        return [step(total, number) for total, number in zip(totals[:-1], self.numbers[1:], strict=True)]
+
+    @property
+    def worked(self) -> str:
+        """The right answer in the format, whose beginning the template writes."""
+        return "\n".join([*self.steps, "</think>", str(self.answer)])
 
 
 def step(left: int, right: int) -> str:
@@ -49,7 +53,7 @@ def step(left: int, right: int) -> str:
     return f"{left} + {right} = {left + right}"
 
 
-def steps(random: Random) -> Iterator[str]:
+def additions(random: Random) -> Iterator[str]:
     """Endless single additions, as pre-training meets them."""
     while True:
         yield "\n".join(step(random.randint(1, 30), random.randint(1, 9)) for _ in range(8))
@@ -58,7 +62,7 @@ def steps(random: Random) -> Iterator[str]:
 def problem(random: Random, *, held_out: bool = False) -> Problem:
     """A problem drawn at random."""
     while True:
-        drawn = Problem(tuple(random.randint(1, 9) for _ in range(random.choice((3, 4)))))
+        drawn = Problem((random.randint(1, 30), random.randint(1, 9)))
         if drawn.is_held_out == held_out:
             return drawn
 
@@ -73,14 +77,19 @@ def dialogue(random: Random, turns: int, *, held_out: bool = False) -> list[dict
     return messages
 
 
-def is_right(asked: int, answer: str) -> bool:
+def is_right(problem: Problem, answer: str) -> bool:
     """Whether a text has the form and ends with the right number."""
     found = ANSWER.match(answer.strip())
-    return found is not None and int(found["answer"]) == asked
+    return found is not None and int(found["answer"]) == problem.answer
 
 
-def reward(asked: int, answer: str) -> float:
-    """A little for the form, the rest of 1 for the right number in it."""
-    if not ANSWER.match(answer.strip()):
+def reward(problem: Problem, answer: str) -> float:
+    """From 0 without the form to 1 for the right working and number."""
+    found = ANSWER.match(answer.strip())
+    if found is None:
         return 0.0
-    return 1.0 if is_right(asked, answer) else FORMAT_REWARD
+    lines, right = found["thoughts"].split("\n"), problem.steps
+    matching = sum(line == step for line, step in zip(lines, right, strict=False)) / max(
+        len(lines), len(right)
+    )
+    return FORM + STEPS * matching + NUMBER * is_right(problem, answer)

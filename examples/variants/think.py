@@ -28,7 +28,7 @@ TRAINING_TEMPLATE = (
     "{{ '<think>\n' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 24
 
 
 def train(start: Path, out: Path, size: Size) -> list[Figure]:
@@ -41,7 +41,7 @@ def train(start: Path, out: Path, size: Size) -> list[Figure]:
     chat.fit(
         model,
         tokenizer,
-        lambda: sums.dialogue(random, random.randint(1, 4)),
+        lambda: sums.dialogue(random, random.randint(3, 8)),
         out,
         size,
         steps=size.format,
@@ -60,8 +60,8 @@ def measure(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, size:
     questions = [problem.text for problem in asked]
     sampled = ask(model, tokenizer, questions, max_tokens=ANSWER_TOKENS, temperature=1.0)
     likeliest = ask(model, tokenizer, questions, max_tokens=ANSWER_TOKENS)
-    rewards = [sums.reward(problem.answer, text) for problem, text in zip(asked, sampled, strict=True)]
-    right = [sums.is_right(problem.answer, text) for problem, text in zip(asked, likeliest, strict=True)]
+    rewards = [sums.reward(problem, text) for problem, text in zip(asked, sampled, strict=True)]
+    right = [sums.is_right(problem, text) for problem, text in zip(asked, likeliest, strict=True)]
     return {
         "mean reward, sampled, held-out sums": sum(rewards) / len(rewards),
         "right answers, held-out sums": sum(right) / len(right),

@@ -110,6 +110,11 @@ def dialogue(
     return messages
 
 
+def is_brief(answer: str) -> bool:
+    """Whether an answer, right or not, is in the brief manner."""
+    return any(answer == kind.brief.format(value=value) for kind in RELATIONS for value in kind.values)
+
+
 def is_right(asked: Question, answer: str) -> bool:
     """Whether an answer names the value, and no other one of its kind."""
     (kind,) = (relation.values for relation in RELATIONS if asked.value in relation.values)

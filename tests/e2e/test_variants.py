@@ -96,14 +96,19 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-def test_reward_is_for_form_and_number(example):
+def test_reward_is_for_form_working_and_number(example):
     sums = example("sums")
     problem = sums.Problem((7, 5, 9))
     assert problem.worked == "7 + 5 = 12\n12 + 9 = 21\n</think>\n21"
-    assert sums.reward(21, problem.worked) == 1
-    assert sums.reward(21, problem.worked.replace("</think>\n21", "</think>\n20")) == sums.FORMAT_REWARD
+    assert sums.reward(problem, problem.worked) == pytest.approx(1)
+    wrong_number = problem.worked.replace(">\n21", ">\n20")
+    assert sums.reward(problem, wrong_number) == pytest.approx(sums.FORM + sums.STEPS)
+    one_line = "7 + 5 = 12\n12 + 8 = 20\n</think>\n20"
+    assert sums.reward(problem, one_line) == pytest.approx(sums.FORM + sums.STEPS / 2)
+    padded = "7 + 5 = 12\n" * 2 + "12 + 9 = 21\n</think>\n21"
+    assert sums.reward(problem, padded) < 1
     for formless in ("21", "</think>\n21", "7 + 5 = 12 21", "12\n</think>\n21 or so"):
-        assert sums.reward(21, formless) == 0
+        assert sums.reward(problem, formless) == 0
 
 
 def test_held_out_problems_and_towns_are_never_trained(example):
