@@ -15,7 +15,6 @@ import chat
 import corpus
 import httpx
 import sums
-import think
 import world
 from measuring import ask
 from model import load_model, load_tokenizer
@@ -159,7 +158,7 @@ def text_of(result: dict) -> str:
 def by_itself(folder: Path, asked: Sequence[Asked], name: str) -> list[str]:
     """A variant's answers to its questions without moemerge."""
     questions = [question.text for question in asked if question.variant == name]
-    return ask(load_model(folder), load_tokenizer(folder), questions, max_tokens=think.ANSWER_TOKENS)
+    return ask(load_model(folder), load_tokenizer(folder), questions, max_tokens=chat.ANSWER_TOKENS)
 
 
 def share(asked: Sequence[Asked], texts: Sequence[str]) -> float:
