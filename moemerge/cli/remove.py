@@ -23,7 +23,7 @@ def remove(
     What the other variants compute with stays as it is, bit for bit. Without -o the bundle is replaced when
     the new one is complete.
 
-    Example: moemerge remove trio.moe scripture
+    Example: moemerge remove duo.moe scripture
     """
     from moemerge.checkpoint.sizes import format_size
     from moemerge.consolidation.leaving import remove_variant

@@ -224,14 +224,17 @@ def dump_curve(variants: VariantSet, records: Sequence[LayerRecord], statistics:
 
 
 def prices_of(
-    variants: VariantSet, statistics: Statistics, correction: Mapping[str, float] | None = None
+    variants: VariantSet,
+    statistics: Statistics,
+    correction: Mapping[str, float] | None = None,
+    emphasis: Mapping[str, float] | None = None,
 ) -> Prices:
     """What experts of these variants take, and what the loss of each variant counts.
 
     Args:
         variants: Local checkpoints.
         statistics: What is known of them.
-        correction: By variant, what its sensitivity is multiplied with; 1 for those not there.
+        correction, emphasis: See `Prices`.
     """
     ladder, shapes = ladder_for(variants)
     experts = [parts for variant in variants.variants.values() for parts in variant.experts.values()]
@@ -245,6 +248,7 @@ def prices_of(
         sensitivity=sensitivity if is_known else {},
         responses={name: statistics.response(name) for name in sensitivity} if is_known else {},
         correction=correction or {},
+        emphasis=emphasis or {},
     )
 
 

@@ -34,7 +34,7 @@ from moemerge.consolidation.planning import (
     check_plan,
 )
 from moemerge.consolidation.quality import RepairOptions
-from moemerge.consolidation.rounds import MakePlan, Rounds
+from moemerge.consolidation.rounds import Lessons, MakePlan, Rounds
 from moemerge.consolidation.similarity_files import INDEX, dump_index, similarity_index
 from moemerge.consolidation.staging import Staging, open_staging
 from moemerge.execution import Executor, Local
@@ -188,7 +188,7 @@ def _task_of(
     return json.dumps([__version__, SCHEMA, origins, names, prints, stamps, decision, repr(asked), evidence])
 
 
-def _always(plan: ConsolidationPlan, correction: Mapping[str, float] | None = None) -> ConsolidationPlan:
+def _always(plan: ConsolidationPlan, lessons: Lessons) -> ConsolidationPlan:
     """What does not depend on how a round came out."""
     return plan
 
@@ -199,9 +199,17 @@ def _measured(
     decide: PlanOptions,
     statistics: Statistics,
     reader: TensorReader,
-    correction: Mapping[str, float],
+    lessons: Lessons,
 ) -> ConsolidationPlan:
-    return build_measured_plan(variants, records, decide, statistics, reader, correction=correction)
+    return build_measured_plan(
+        variants,
+        records,
+        decide,
+        statistics,
+        reader,
+        correction=lessons.correction,
+        emphasis=lessons.emphasis,
+    )
 
 
 def _predicted(plan: ConsolidationPlan, variant: str) -> dict[str, float]:

@@ -136,6 +136,7 @@ def build_measured_plan(
     reader: TensorReader,
     *,
     correction: Mapping[str, float] | None = None,
+    emphasis: Mapping[str, float] | None = None,
 ) -> ConsolidationPlan:
     """Decide every layer by what was measured of it.
 
@@ -145,14 +146,14 @@ def build_measured_plan(
         options: Budget, and what is to be kept.
         statistics: What it was measured on.
         reader: Open reader, for fingerprints.
-        correction: By variant, what predicted losses are multiplied with; 1 for those not there.
+        correction, emphasis: See `spending.Prices`.
 
     Raises:
         InvalidRecipe: The budget is below the least possible.
     """
     variant_bytes = _variant_bytes(variants)
     allowed = options.budget.allowed_bytes(variant_bytes)
-    prices = prices_of(variants, statistics, correction or {})
+    prices = prices_of(variants, statistics, correction, emphasis)
     decided = decide(variants, records, allowed, prices, options.gate)
     # Costs count every plain expert as the widest; those of narrower variants take less.
     pool_bytes = _stored_bytes(decided.layers, variants)

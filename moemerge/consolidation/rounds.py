@@ -5,9 +5,10 @@ the same rounds without repeating their work.
 """
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -32,19 +33,26 @@ MORE_ROUNDS = 2
 """Plans that are tried after the first one."""
 _EVEN = 1.25
 """The worst variant may lose so much more than the mean."""
-_MISSED, _UNEVEN = 1.1, 0.5
-"""Powers of corrections: past the aim when it was missed; half the way when damage is only to be moved, for
-bytes that one variant gets are others'."""
+_PAST = 1.1
+"""Power of corrections: a little past the aim."""
 _CORRECTED = (0.1, 10.0)
 """A prediction is not corrected by more than this at once: what was measured is a sample, too."""
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lessons:
+    """What the rounds so far have taught; see `spending.Prices`."""
+
+    correction: Mapping[str, float] = field(default_factory=dict)
+    emphasis: Mapping[str, float] = field(default_factory=dict)
+
+
 class MakePlan(Protocol):
     """Makes a plan."""
 
-    def __call__(self, *, correction: Mapping[str, float]) -> ConsolidationPlan:
-        """Told by variant what predictions are to be multiplied with; nothing in the first round."""
+    def __call__(self, lessons: Lessons) -> ConsolidationPlan:
+        """Told what came of the plans before."""
         ...
 
 
@@ -99,10 +107,10 @@ class Rounds:
             QualityGateFailed: The gate does not, after all rounds.
             MoemergeError: As `pipeline.merge`.
         """
-        correction: dict[str, float] = {}
+        lessons = Lessons()
         plan: ConsolidationPlan | None = None
         for number in range(1 + MORE_ROUNDS):
-            before, plan = plan, self._plan(number, partial(make_plan, correction=correction))
+            before, plan = plan, self._plan(number, partial(make_plan, lessons))
             is_last = number == MORE_ROUNDS or (before is not None and plan.layers == before.layers)
             qualities = self._recall(number)
             if not qualities or is_last or not self._goes_on(number, gate, qualities):
@@ -110,9 +118,13 @@ class Rounds:
                 qualities = self._measure(number, plan, errors)
             if is_last or not self._goes_on(number, gate, qualities):
                 break
-            logger.info("round %d: %s", number + 1, "; ".join(gate.missed(_kept(qualities))) or "uneven")
-            power = _MISSED if gate.missed(_kept(qualities)) else _UNEVEN
-            correction = corrected(correction, plan.predicted_damage, qualities, power)
+            if missed := gate.missed(_kept(qualities)):
+                logger.info("round %d: %s", number + 1, "; ".join(missed))
+                correction = corrected(lessons.correction, plan.predicted_damage, qualities)
+                lessons = Lessons(correction=correction)
+            else:
+                logger.info("round %d: uneven", number + 1)
+                lessons = Lessons(emphasis=emphasised(self._lost(qualities)))
         if missed := gate.missed(_kept(qualities)):
             raise QualityGateFailed(
                 f"{self.target}: {'; '.join(missed)}, measured on text held out. Nothing was published. "
@@ -125,9 +137,17 @@ class Rounds:
         """Whether another plan is worth it."""
         if gate.missed(_kept(qualities)):
             return True
-        gained = self.statistics.gained
-        lost = [q.damage["kl"] / gained.get(name, 1.0) for name, q in qualities.items() if "kl" in q.damage]
+        lost = self._lost(qualities).values()
         return number == 0 and bool(lost) and max(lost) > _EVEN * statistics.fmean(lost)
+
+    def _lost(self, qualities: Mapping[str, Quality]) -> dict[str, float]:
+        """By variant, its divergence, over what fine-tuning gained where that is known."""
+        gained = self.statistics.gained
+        return {
+            name: quality.damage["kl"] / gained.get(name, 1.0)
+            for name, quality in qualities.items()
+            if "kl" in quality.damage
+        }
 
     def _plan(self, number: int, make: Callable[[], ConsolidationPlan]) -> ConsolidationPlan:
         """The plan of a round; what is already written follows it, whatever would be decided now."""
@@ -197,26 +217,25 @@ class Rounds:
 
 
 def corrected(
-    correction: Mapping[str, float],
-    predicted: Mapping[str, float],
-    qualities: Mapping[str, Quality],
-    power: float = 1.0,
+    correction: Mapping[str, float], predicted: Mapping[str, float], qualities: Mapping[str, Quality]
 ) -> dict[str, float]:
-    """By variant, what predictions are to be multiplied with after these came out as they did.
-
-    Args:
-        correction: What they were multiplied with.
-        predicted: By variant, what came of that.
-        qualities: What was measured.
-        power: Of what was measured over what was predicted.
-    """
+    """By variant, what predictions are to be multiplied with after these came out as they did."""
     least, most = _CORRECTED
     found = dict(correction)
     for name, quality in qualities.items():
         if predicted.get(name, 0.0) > 0 and "measured" in quality.damage:
             ratio = max(quality.damage["measured"], quality.damage["kl"]) / predicted[name]
-            found[name] = found.get(name, 1.0) * min(max(ratio**power, least), most)
+            found[name] = found.get(name, 1.0) * min(max(ratio**_PAST, least), most)
     return found
+
+
+def emphasised(lost: Mapping[str, float]) -> dict[str, float]:
+    """By variant, what its damage is to count after variants lost this.
+
+    Half of what would even them out if each only got more of the bytes: what one gets are others'.
+    """
+    mean = statistics.fmean(lost.values())
+    return {name: math.sqrt(max(loss, 0.1 * mean) / mean) for name, loss in lost.items()}
 
 
 def _kept(qualities: Mapping[str, Quality]) -> dict[str, float]:

@@ -82,6 +82,7 @@ class Prices:
             not there.
         responses: By variant, what is lost of the sum of that; the sum itself for those not there.
         correction: By variant, what that is multiplied with; 1 for those not there.
+        emphasis: By variant, what its damage counts beyond its importance; 1 for those not there.
     """
 
     ladder: Ladder
@@ -91,6 +92,7 @@ class Prices:
     sensitivity: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     responses: Mapping[str, Response] = field(default_factory=dict)
     correction: Mapping[str, float] = field(default_factory=dict)
+    emphasis: Mapping[str, float] = field(default_factory=dict)
 
     def depth(self, variant: str, layer_index: int) -> float:
         """What a unit of damage counts in a layer, beside that of others."""
@@ -98,11 +100,11 @@ class Prices:
 
     def weight(self, variant: str, layer_index: int) -> float:
         """What a unit of damage counts, beside that of other layers and variants."""
-        corrected = self.correction.get(variant, 1.0) * self.importance.get(variant, 1.0)
+        counted = self.emphasis.get(variant, 1.0) * self.importance.get(variant, 1.0)
         known = self.sensitivity.get(variant) or {layer_index: 1.0}
         mean = statistics.fmean(known.values())
         tempered = math.pow(self.depth(variant, layer_index), _TEMPER) * math.pow(mean, 1 - _TEMPER)
-        return corrected * tempered
+        return counted * tempered
 
     def nats(self, variant: str, weighted_damage: float) -> float:
         """What is lost, of the sum over layers of damage times depth."""
@@ -127,7 +129,9 @@ def spend(
     best: tuple[tuple[float, float], Spending] | None = None
     for _ in range(_BALANCING_ROUNDS):
         spending = _spend_once(records, variants, allowed_bytes, prices, emphasis)
-        losses = {name: predicted_loss(spending, name, prices) for name in variants}
+        # How a variant responds to little damage is foretold too roughly to weigh variants by it unasked.
+        balanced = _weighted_damage if gate.is_open else predicted_loss
+        losses = {name: balanced(spending, name, prices) for name in variants}
         mean = statistics.fmean(losses.values())
         # A sum that is only a little worse is worth a better worst case.
         excess, score = gate.excess(losses), mean + max(losses.values())
@@ -198,6 +202,11 @@ def _add_damage(
 def predicted_loss(spending: Spending, variant: str, prices: Prices) -> float:
     """What the variant loses, by what that counts."""
     return prices.importance.get(variant, 1.0) * predicted_nats(spending, variant, prices)
+
+
+def _weighted_damage(spending: Spending, variant: str, prices: Prices) -> float:
+    """Damage of all layers by what it counts."""
+    return sum(prices.weight(variant, index) * value for index, value in spending.damage[variant].items())
 
 
 def predicted_nats(spending: Spending, variant: str, prices: Prices) -> float:

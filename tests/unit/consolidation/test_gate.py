@@ -8,7 +8,7 @@ from moemerge.consolidation.budget import LEAST
 from moemerge.consolidation.fitting import Device, budget_of
 from moemerge.consolidation.gate import Gate, check_gate
 from moemerge.consolidation.quality import Quality
-from moemerge.consolidation.rounds import corrected
+from moemerge.consolidation.rounds import corrected, emphasised
 from moemerge.consolidation.spending import Prices, least_bytes, predicted_loss, spend
 from moemerge.errors import InvalidRecipe
 from moemerge.refs import FolderRef
@@ -100,10 +100,15 @@ def test_prediction_is_corrected_by_what_was_measured():
     }
     predicted = {"a": 0.01, "b": 0.01, "c": 0.01}
     found = corrected({"a": 3.0}, predicted, qualities)
-    assert found == pytest.approx({"a": 6.0, "b": 0.5})
-    assert corrected({}, predicted, qualities, 0.5)["a"] == pytest.approx(2**0.5)
+    # A little past what was measured over what was predicted.
+    assert found == pytest.approx({"a": 3 * 2**1.1, "b": 0.5**1.1})
     extreme = {"a": Quality(damage={"measured": 9.0, "kl": 9.0})}
     assert corrected({}, {"a": 1e-9}, extreme)["a"] == pytest.approx(10)
+
+
+def test_variant_that_loses_more_than_others_counts_more():
+    found = emphasised({"a": 0.01, "b": 0.02, "c": 0.06})
+    assert found == pytest.approx({"a": (1 / 3) ** 0.5, "b": (2 / 3) ** 0.5, "c": 2**0.5})
 
 
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
