@@ -51,7 +51,7 @@ class OnCluster:
     Every unit has as many threads as torch has here: what they add up may depend on that in its last digits,
     so results are those of the local engine.
 
-    Args:
+    Attributes:
         cluster: Connected.
     """
 
@@ -151,7 +151,7 @@ class _Watch:
     """Notices that nobody is left who could do the work."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+        self._cluster = cluster
         self._since_s: float | None = None
         self._asked_s = time.monotonic()
 
@@ -165,7 +165,7 @@ class _Watch:
         if now_s - self._asked_s < 1.0:
             return
         self._asked_s = now_s
-        nodes = self.cluster.nodes()
+        nodes = self._cluster.nodes()
         if any(node.cpus >= cpus and node.memory_bytes >= work.memory_bytes for node in nodes):
             self._since_s = None
             return
