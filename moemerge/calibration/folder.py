@@ -242,7 +242,9 @@ def put_variant(
         _write_index(folder, index.model_copy(update={"variants": others}))
     shutil.rmtree(folder / name, ignore_errors=True)
     place.replace(folder / name)
-    complete = index.model_copy(update={"variants": {**index.variants, name: entry}})
+    # By name: variants come when their work is done, in any order.
+    ordered = dict(sorted({**index.variants, name: entry}.items()))
+    complete = index.model_copy(update={"variants": ordered})
     _write_index(folder, complete)
     return complete
 
