@@ -1,6 +1,7 @@
 """Which replica answers: laws of the choice, and what it comes to in the simulation."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,3 +81,11 @@ def test_four_variants_on_two_replicas_of_two_rows_settle(routing):
         swaps += name not in best.residents
         best.use(name)
     assert swaps == 4
+
+
+@pytest.mark.parametrize(("queued", "wanted"), [({}, 1), ({"a": 1.0}, 1), ({"a": 16384.0, "b": 1.0}, 2)])
+def test_number_of_replicas_follows_queued_tokens(queued, wanted):
+    from moemerge.distributed.deployment import QUEUED_TOKENS, scale
+
+    context = SimpleNamespace(aggregated_metrics={QUEUED_TOKENS: queued} if queued else {})
+    assert scale(context) == (wanted, {})
