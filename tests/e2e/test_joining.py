@@ -81,7 +81,7 @@ def test_exact_newcomer_is_bit_identical(folder, tmp_path):
         (("add", "duo.moe", "novel=./none"), 5, "none"),
         (("add", "duo.moe", "novel=./novel", "--budget", "much"), 3, "neither exact"),
         (("add", "duo.moe", "novel=./novel", "--text", "none.txt"), 5, "no such text file"),
-        (("remove", "duo.moe", "novel"), 3, "novel"),
+        (("remove", "duo.moe", "novel"), 5, "no variant 'novel'"),
         (("remove", "none.moe", "law"), 5, "none.moe"),
     ],
 )
