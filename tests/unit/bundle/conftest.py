@@ -15,7 +15,7 @@ def made_bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
     write_siblings(folder, names=("a", "b"))
     variants = open_variants({name: FolderRef(folder / name) for name in ("a", "b")})
-    merge(variants, folder / "duo.moe", options_of("1.5x", None, within=False))
+    merge(variants, folder / "duo.moe", options_of("1.5x", "cluster"))
     return folder / "duo.moe"
 
 
