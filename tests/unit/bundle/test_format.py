@@ -79,7 +79,7 @@ def test_pool_expert_is_one_range_of_bytes_in_order_of_its_number(bundle):
 
 def test_slots_without_error_keep_the_bytes_of_their_source(tmp_path):
     write_siblings(tmp_path, names=("a", "b", "c"))
-    opened = open_bundle(merged(tmp_path, "1x", "cluster"))
+    opened = open_bundle(merged(tmp_path, "1x", policy="cluster"))
     exact = 0
     for name, entry in opened.manifest.variants.items():
         source = read_canonical(tmp_path / name)
