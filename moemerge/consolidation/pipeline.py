@@ -108,46 +108,15 @@ def merge(
         gate = decide.gate
     check_gate(gate, found.gained)
     asked = repair or RepairOptions()
-    if isinstance(decide, PlanOptions):
-        limit_memory(variants, max_ram)
-    if not (isinstance(decide, PlanOptions) and decide.within) and not any(staging_folder(target).glob("*")):
-        # What every such plan needs at least; the plan's own figure is checked when it is known.
-        check_disk(
-            target.parent, min(v.expert_bytes for v in variants.variants.values()), f"writing {target}"
-        )
+    _check_room(variants, target, decide, max_ram)
     with TensorReader() as reader:
         if isinstance(decide, ConsolidationPlan):
             check_plan(decide, variants, reader)
-        reports: dict[str, str] = {}
         task = _task_of(variants, decide, asked, found, reader)
         with open_staging(target, task, restart=restart) as staging:
-            make_plan: MakePlan
-            if isinstance(decide, ConsolidationPlan):
-                make_plan = partial(_always, decide)
-            else:
-                layers = measure_layers(
-                    variants,
-                    report,
-                    steps=staging,
-                    subfolder=_REPORTS,
-                    max_ram=max_ram,
-                    executor=executor,
-                )
-                reports[f"{_REPORTS}/{INDEX}"] = dump_index(similarity_index(layers, variants))
-                if decide.is_measured:
-                    records = measure_costs(
-                        layers,
-                        variants,
-                        found,
-                        report,
-                        steps=staging,
-                        subfolder=_REPORTS,
-                        executor=executor,
-                    )
-                    reports[f"{_REPORTS}/{CURVE}"] = dump_curve(variants, records, found)
-                    make_plan = partial(_measured, variants, records, decide, found, reader)
-                else:
-                    make_plan = partial(_always, build_plan(variants, layers, decide, reader))
+            make_plan, reports = _planner(
+                variants, decide, found, staging, reader, report, max_ram=max_ram, executor=executor
+            )
             rounds = Rounds(
                 variants=variants,
                 statistics=found,
@@ -170,6 +139,46 @@ def merge(
     return Merged(folder=target, plan=done.plan, manifest=manifest, resumed_layers=done.resumed_layers)
 
 
+def _check_room(
+    variants: VariantSet, target: Path, decide: PlanOptions | ConsolidationPlan, max_ram: int | None
+) -> None:
+    """Refuse what could never end, before anything is read."""
+    if isinstance(decide, PlanOptions):
+        limit_memory(variants, max_ram)
+    shares_within = isinstance(decide, PlanOptions) and decide.within
+    if not shares_within and not any(staging_folder(target).glob("*")):
+        # What every such plan needs at least; the plan's own figure is checked when it is known.
+        least = min(variant.expert_bytes for variant in variants.variants.values())
+        check_disk(target.parent, least, f"writing {target}")
+
+
+def _planner(
+    variants: VariantSet,
+    decide: PlanOptions | ConsolidationPlan,
+    statistics: Statistics,
+    staging: Staging,
+    reader: TensorReader,
+    report: Progress,
+    *,
+    max_ram: int | None,
+    executor: Executor | None,
+) -> tuple[MakePlan, dict[str, str]]:
+    """What makes the plans, with all measured that they are made from, and reports on that by path."""
+    if isinstance(decide, ConsolidationPlan):
+        return partial(_always, decide), {}
+    layers = measure_layers(
+        variants, report, steps=staging, subfolder=_REPORTS, max_ram=max_ram, executor=executor
+    )
+    reports = {f"{_REPORTS}/{INDEX}": dump_index(similarity_index(layers, variants))}
+    if not decide.is_measured:
+        return partial(_always, build_plan(variants, layers, decide, reader)), reports
+    records = measure_costs(
+        layers, variants, statistics, report, steps=staging, subfolder=_REPORTS, executor=executor
+    )
+    reports[f"{_REPORTS}/{CURVE}"] = dump_curve(variants, records, statistics)
+    return partial(_measured, variants, records, decide, statistics, reader), reports
+
+
 def _task_of(
     variants: VariantSet,
     decide: PlanOptions | ConsolidationPlan,
@@ -178,11 +187,10 @@ def _task_of(
     reader: TensorReader,
 ) -> str:
     """Identifies the work in the journal: the same inputs and decisions continue, others start anew."""
-    checkpoints = [*variants.variants.values(), *([variants.base] if variants.base else [])]
-    prints = [fingerprint(checkpoint, reader) for checkpoint in checkpoints]
+    prints = [fingerprint(checkpoint, reader) for checkpoint in variants.checkpoints]
     decision = dump_plan(decide) if isinstance(decide, ConsolidationPlan) else repr(decide)
-    origins = [checkpoint.repository.origin for checkpoint in checkpoints]
-    stamps = [_file_stamps(checkpoint) for checkpoint in checkpoints]
+    origins = [checkpoint.repository.origin for checkpoint in variants.checkpoints]
+    stamps = [_file_stamps(checkpoint) for checkpoint in variants.checkpoints]
     evidence = statistics.identity
     names = list(variants.variants)
     return json.dumps([__version__, SCHEMA, origins, names, prints, stamps, decision, repr(asked), evidence])
@@ -219,9 +227,7 @@ def _predicted(plan: ConsolidationPlan, variant: str) -> dict[str, float]:
 
 def _file_stamps(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
     """Name, size and time of change of its files: fingerprints are samples and may miss a change."""
-    experts = [part for parts in checkpoint.experts.values() for part in parts.values()]
-    paths = {tensor.path for tensor in [*checkpoint.tensors.values(), *experts]}
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(checkpoint.files)]
 
 
 def _step(staging: Staging, name: str, write: Callable[[], dict[str, str]]) -> bool:
