@@ -41,7 +41,8 @@ def print_estimates(variants: "VariantSet", estimates: "Sequence[Estimate]") -> 
     """What disk and memory it will take, and what there is."""
     from moemerge.checkpoint.sizes import format_size
     from moemerge.cli.tables import print_table
-    from moemerge.consolidation.estimates import FIT, resources
+    from moemerge.consolidation.estimates import resources
+    from moemerge.consolidation.fitting import BATCH, TOKENS
 
     rows = [
         [each.budget, format_size(each.bundle_bytes), format_size(each.serving_bytes)] for each in estimates
@@ -49,7 +50,7 @@ def print_estimates(variants: "VariantSet", estimates: "Sequence[Estimate]") -> 
     print_table("At most", ["budget", "bundle on disk", "memory when served"], rows)
     found = resources(variants)
     download = f"; {format_size(found.download_bytes)} to download" if found.download_bytes else ""
-    typer.echo(f"Served: all variants resident, {FIT.batch} sequences of {FIT.tokens} tokens.")
+    typer.echo(f"Served: all variants resident, {BATCH} sequences of {TOKENS} tokens.")
     typer.echo(
         f"Merging takes {format_size(found.merge_memory)} of memory or more. Free: memory "
         f"{format_size(found.free_memory)}, disk {format_size(found.free_disk)}{download}."

@@ -7,12 +7,9 @@ import psutil
 
 from moemerge.checkpoint.disk import free_bytes
 from moemerge.checkpoint.variants import VariantSet
-from moemerge.consolidation.fitting import Device, beside_experts
+from moemerge.consolidation.fitting import beside_experts
 from moemerge.consolidation.measure import least_memory
 from moemerge.consolidation.plan import ConsolidationPlan
-
-FIT = Device(text="0B")
-"""What a runner is taken to serve when nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +50,7 @@ def estimate(variants: VariantSet, plan: ConsolidationPlan | None = None) -> lis
     one, every = max(m.expert_bytes for m in models), sum(m.expert_bytes for m in models)
     sizes = {plan.budget: plan.stored_bytes} if plan else {"1x": one, "exact": every}
     others = sum(model.other_bytes for model in models)
-    beside = beside_experts(FIT, variants)
+    beside = beside_experts(variants)
     return [
         Estimate(budget=budget, bundle_bytes=size + others, serving_bytes=size + beside)
         for budget, size in sizes.items()

@@ -12,6 +12,7 @@ from moemerge.models import build_model
 from moemerge.models.geometry import cache_geometry
 
 BATCH, TOKENS = 16, 4096
+"""What a device is to serve when nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,8 @@ def budget_of(device: Device, variants: VariantSet) -> Budget:
     Raises:
         InvalidRecipe: Nothing is left.
     """
-    resident, cache = _resident_bytes(variants), _cache_bytes(device, variants)
+    resident = _resident_bytes(variants)
+    cache = _cache_bytes(variants, device.batch, device.tokens)
     left = parse_size(device.text) - resident - cache
     if left <= 0:
         raise InvalidRecipe(
@@ -56,17 +58,17 @@ def budget_of(device: Device, variants: VariantSet) -> Budget:
     return Budget(f"fit {device.text}", limit=left)
 
 
-def beside_experts(device: Device, variants: VariantSet) -> int:
-    """Bytes of what a runner holds beside experts: every variant's other tensors, and a full cache."""
-    return _resident_bytes(variants) + _cache_bytes(device, variants)
+def beside_experts(variants: VariantSet) -> int:
+    """Bytes of what a runner holds beside experts: every variant's other tensors, and the default's cache."""
+    return _resident_bytes(variants) + _cache_bytes(variants, BATCH, TOKENS)
 
 
 def _resident_bytes(variants: VariantSet) -> int:
     return sum(checkpoint.other_bytes for checkpoint in variants.variants.values())
 
 
-def _cache_bytes(device: Device, variants: VariantSet) -> int:
-    return device.batch * device.tokens * max(map(_token_bytes, variants.variants.values()))
+def _cache_bytes(variants: VariantSet, batch: int, tokens: int) -> int:
+    return batch * tokens * max(map(_token_bytes, variants.variants.values()))
 
 
 def _token_bytes(checkpoint: Checkpoint) -> int:

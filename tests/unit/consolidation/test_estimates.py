@@ -1,11 +1,9 @@
 """Estimates are what bundles then take, and what `--fit` counts with."""
 
-from dataclasses import replace
-
 from moemerge.bundle.reader import open_bundle
 from moemerge.checkpoint.variants import open_variants
-from moemerge.consolidation.estimates import FIT, estimate, resources
-from moemerge.consolidation.fitting import budget_of
+from moemerge.consolidation.estimates import estimate, resources
+from moemerge.consolidation.fitting import Device, budget_of
 from moemerge.consolidation.measure import limit_memory
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.planning import plan_variants
@@ -35,7 +33,7 @@ def test_fit_leaves_what_is_estimated_for_experts(tmp_path):
     variants = open_siblings(tmp_path)
     plan = plan_variants(variants, options_of("1.5x"))
     (found,) = estimate(variants, plan)
-    device = replace(FIT, text=f"{found.serving_bytes}B")
+    device = Device(text=f"{found.serving_bytes}B")
     assert budget_of(device, variants).limit == plan.stored_bytes
 
 
