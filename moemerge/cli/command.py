@@ -37,7 +37,8 @@ OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Use the hub cache only, no network.", envvar="MOEMERGE_OFFLINE")
 ]
 BaseOption = Annotated[
-    str | None, typer.Option("--base", metavar="REF", help="Common ancestor, for distances of deltas.")
+    str | None,
+    typer.Option("--base", metavar="REF", help="Common ancestor: tells what fine-tuning changed and gained."),
 ]
 MaxRamOption = Annotated[
     str | None,
