@@ -14,7 +14,7 @@ from pathlib import Path
 from moemerge.bundle.reader import Bundle, open_bundle
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.policies import DEFAULT_POLICY
+from moemerge.consolidation.policies import CLUSTER
 from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
@@ -43,7 +43,7 @@ def write_family(folder: Path, family: str = "mixtral", dtype: str = "F32") -> d
 def write_bundle(folder: Path, family: str = "mixtral", *, dtype: str = "F32", budget: str = "exact") -> Path:
     """A bundle of the four, `folder / "x.moe"`, plain whatever the budget."""
     variants = open_variants({n: FolderRef(path) for n, path in write_family(folder, family, dtype).items()})
-    merge(variants, folder / "x.moe", options_of(budget, DEFAULT_POLICY, within=False))
+    merge(variants, folder / "x.moe", options_of(budget, CLUSTER, within=False))
     return folder / "x.moe"
 
 

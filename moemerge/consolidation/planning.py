@@ -27,7 +27,7 @@ from moemerge.consolidation.measured import (
 )
 from moemerge.consolidation.plan import ConsolidationPlan, PlannedExpert, PlannedLayer, PlannedVariant
 from moemerge.consolidation.policies import (
-    DEFAULT_POLICY,
+    CLUSTER,
     POLICIES,
     Decision,
     Task,
@@ -65,10 +65,8 @@ class PlanOptions:
         known = [*POLICIES, MEASURED]
         if self.policy not in known:
             raise InvalidRecipe(f"policy {self.policy!r} is unknown; there are {', '.join(known)}")
-        if self.within and self.policy != DEFAULT_POLICY:
-            raise InvalidRecipe(
-                f"--within goes with --policy {DEFAULT_POLICY}; {self.policy} shares within a slot"
-            )
+        if self.within and self.policy != CLUSTER:
+            raise InvalidRecipe(f"--within goes with --policy {CLUSTER}; {self.policy} shares within a slot")
         if self.device is not None and self.budget != LEAST:
             raise InvalidRecipe("give --budget or --fit, not both")
         if self.budget == LEAST and self.device is None and self.gate.is_open:
@@ -119,11 +117,11 @@ def build_plan(
         allowed_bytes=allowed,
         within=options.within,
     )
-    decisions = POLICIES[DEFAULT_POLICY if options.policy == MEASURED else options.policy](task)
+    decisions = POLICIES[CLUSTER if options.policy == MEASURED else options.policy](task)
     planned = [_plan_layer(layer, decided) for layer, decided in zip(layers, decisions, strict=True)]
     total = _stored_bytes(planned, variants)
     if allowed is not None and total > allowed:
-        can_share_more = options.policy == DEFAULT_POLICY and not options.within
+        can_share_more = options.policy == CLUSTER and not options.within
         raise refuse_budget(options.budget, allowed, total, variant_bytes, can_share_more=can_share_more)
     return _plan_of(variants, options, reader, variant_bytes=variant_bytes, pool_bytes=total, layers=planned)
 

@@ -107,13 +107,14 @@ def pick_policy(task: Task) -> list[list[Decision]]:
 
 
 Policy = Callable[[Task], list[list[Decision]]]
+CLUSTER = "cluster"
+"""Decides where nothing is measured: for budgets that keep everything, and within variants."""
 POLICIES: dict[str, Policy] = {
-    "cluster": cluster_policy,
+    CLUSTER: cluster_policy,
     "medoid": medoid_policy,
     "mean": mean_policy,
     "pick": pick_policy,
 }
-DEFAULT_POLICY = "cluster"
 
 
 def relative_errors(similarity: LayerSimilarity, decisions: list[Decision]) -> NDArray[np.float64]:

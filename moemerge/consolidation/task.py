@@ -11,7 +11,7 @@ from moemerge.consolidation.fitting import Device
 from moemerge.consolidation.gate import Gate
 from moemerge.consolidation.plan import ConsolidationPlan
 from moemerge.consolidation.planning import MEASURED, PlanOptions
-from moemerge.consolidation.policies import DEFAULT_POLICY
+from moemerge.consolidation.policies import CLUSTER
 from moemerge.consolidation.quality import RepairOptions
 from moemerge.errors import InvalidRecipe
 
@@ -112,7 +112,7 @@ def options_of(budget: str | Limits, policy: str | None = None, *, within: bool 
     looks_at_weights = within or parsed.is_exact
     return PlanOptions(
         budget=parsed,
-        policy=policy or (DEFAULT_POLICY if looks_at_weights else MEASURED),
+        policy=policy or (CLUSTER if looks_at_weights else MEASURED),
         within=within,
         gate=Gate(floor=limits.floor, mean=limits.quality),
         device=limits.device(),
