@@ -19,7 +19,8 @@ from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
 from moemerge.runner.options import EngineOptions
-from moemerge.runner.request import FinishReason, Output, Request, TokenLogprob
+from moemerge.runner.request import FinishReason, Output, Request
+from moemerge.runner.sampling import TokenLogprob
 from tests.factories import write_checkpoint
 
 NAMES = ("plain", "large", "twin", "odd")

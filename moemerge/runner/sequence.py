@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from moemerge.runner.blocks import BlockTable
-from moemerge.runner.request import Request, TokenLogprob
-from moemerge.runner.sampling import Sampler
+from moemerge.runner.request import Request
+from moemerge.runner.sampling import Sampler, TokenLogprob
 
 
 class State(StrEnum):

@@ -17,7 +17,7 @@ import pytest
 from moemerge.bundle.reader import open_bundle
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
 from moemerge.runner.options import EngineOptions

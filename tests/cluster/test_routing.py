@@ -85,7 +85,8 @@ def test_four_variants_on_two_replicas_of_two_rows_settle(routing):
 
 @pytest.mark.parametrize(("queued", "wanted"), [({}, 1), ({"a": 1.0}, 1), ({"a": 16384.0, "b": 1.0}, 2)])
 def test_number_of_replicas_follows_queued_tokens(queued, wanted):
-    from moemerge.distributed.deployment import QUEUED_TOKENS, scale
+    from moemerge.distributed.deployment import scale
+    from moemerge.distributed.replica import QUEUED_TOKENS
 
     context = SimpleNamespace(aggregated_metrics={QUEUED_TOKENS: queued} if queued else {})
     assert scale(context) == (wanted, {})

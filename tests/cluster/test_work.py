@@ -19,7 +19,7 @@ from moemerge.consolidation.measured import TextStatistics
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.plan import dump_plan
 from moemerge.consolidation.planning import plan_variants
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.errors import Busy, NotEnoughRoom, NotFound
 from moemerge.execution import Work
 from moemerge.progress import Silent

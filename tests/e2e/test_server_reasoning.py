@@ -6,7 +6,7 @@ import pytest
 
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
 from moemerge.text.reasoning import CLOSE
 from tests.e2e.program import call_program

@@ -10,7 +10,7 @@ from moemerge.checkpoint.checkpoint import open_checkpoint
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.errors import MoemergeError, NotFound
 from moemerge.evaluation.loading import load_model
 from moemerge.refs import FolderRef

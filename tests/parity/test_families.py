@@ -21,7 +21,7 @@ from moemerge.checkpoint.family import load_families
 from moemerge.checkpoint.repository import LocalFolder
 from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
-from moemerge.consolidation.recipe import options_of
+from moemerge.consolidation.task import options_of
 from moemerge.evaluation.loading import load_model
 from moemerge.evaluation.reading import predict
 from moemerge.refs import FolderRef

@@ -5,7 +5,8 @@ import hashlib
 import pytest
 from filelock import FileLock
 
-from moemerge.consolidation.staging import open_staging, staging_folder
+from moemerge.bundle.target import staging_folder
+from moemerge.consolidation.staging import open_staging
 from moemerge.errors import Busy, DamagedInput, InvalidRecipe, NotEnoughRoom
 from tests.e2e.program import tree
 

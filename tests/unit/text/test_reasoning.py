@@ -58,7 +58,7 @@ def engine(tmp_path_factory):
     """`mind` thinks first, `plain` does not."""
     from moemerge.checkpoint.variants import open_variants
     from moemerge.consolidation.pipeline import merge
-    from moemerge.consolidation.recipe import options_of
+    from moemerge.consolidation.task import options_of
     from moemerge.refs import FolderRef
 
     folder = tmp_path_factory.mktemp("thinking")
