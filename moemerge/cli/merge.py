@@ -69,7 +69,12 @@ def merge(
     ] = None,
     heal: Annotated[
         int | None,
-        typer.Option("--heal", metavar="N", min=0, help="Steps of distillation of the same tensors (0)."),
+        typer.Option(
+            "--heal",
+            metavar="N",
+            min=0,
+            help="Steps of distillation of the same tensors on text (0).",
+        ),
     ] = None,
     base: BaseOption = None,
     max_ram: MaxRamOption = None,

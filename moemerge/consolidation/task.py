@@ -71,6 +71,10 @@ class MergeTask:
     repair: RepairOptions = field(default_factory=RepairOptions)
     max_ram: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.repair.heal and not self.evidence.is_given:
+            raise InvalidRecipe("--heal goes with --text or --calibration: it distils on text")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:

@@ -210,6 +210,7 @@ def test_device_leaves_its_experts_what_variants_and_cache_do_not_take(tiny, tmp
         (["--budget", "1x", "--fit", "1GiB"], "not both"),
         (["--budget", "1x", "--fit-batch", 2], "go with --fit"),
         (["--budget", "1x", "--tokens", 2], "--tokens goes with --text"),
+        (["--budget", "1x", "--heal", 2], "--heal goes with --text or --calibration"),
         (["--quality", 0.9, "--policy", "mean"], "--policy measured"),
         (["--budget", "0.01x"], "the least possible here is"),
         (["--budget", "1x", "--heal", 1, "--text", "code=a", "--calibration", "b"], "not both"),
