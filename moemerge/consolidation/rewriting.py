@@ -114,7 +114,7 @@ def open_origin(folder: Path, target: Path | None, *, link: bool = False) -> Ori
     bundle = open_bundle(folder)
     if place == folder:
         check_writable(folder / MANIFEST)
-        check_writable(folder.with_name(f".{folder.name}.staging"))
+        check_writable(folder.with_name(f".{folder.name}.lock"))
     else:
         check_target(place)
     sums = read_checksums(folder)

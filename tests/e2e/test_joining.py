@@ -1,11 +1,13 @@
 """`moemerge add` and `remove` as a user runs them: what others compute with stays as it is."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from moemerge.bundle.export import export_variant
 from moemerge.bundle.reader import open_bundle
+from moemerge.consolidation.staging import Staging
 from tests.e2e.program import call_program, tree
 from tests.factories import write_siblings
 
@@ -54,6 +56,25 @@ def test_newcomer_leaves_the_others_as_they_are_and_its_own_removal_does_too(fol
         before = exported(folder / "duo.moe", name, tmp_path / f"before-{name}")
         for number, bundle in enumerate((trio, back)):
             assert exported(bundle, name, tmp_path / f"{name}-{number}") == before
+
+
+def test_newcomer_stopped_before_it_takes_the_place_continues_when_added_again(folder, tmp_path, monkeypatch):
+    def stop(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    bundle, trio = tmp_path / "duo.moe", tmp_path / "trio.moe"
+    shutil.copytree(folder / "duo.moe", bundle)
+    again = ("add", bundle, f"novel={folder / 'novel'}", "--json")
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "publish", stop)
+        assert call_program(*again).code == 130
+    assert tree(bundle) == tree(folder / "duo.moe")
+    joined = call_program(*again)
+    assert joined.code == 0, joined.err
+    assert joined.envelope["data"]["resumed_layers"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["duo.moe"]
+    assert add(folder, "-o", trio).code == 0
+    assert tree(bundle) == tree(trio)
 
 
 def test_newcomer_answers(folder, tmp_path):
