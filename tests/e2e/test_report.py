@@ -24,7 +24,7 @@ def work(tmp_path_factory):
     write_siblings(folder, "mixtral")
     for arguments in (
         ("similarity", *SOURCES, "--base", "./base", "-o", "sim"),
-        ("plan", *SOURCES, "--budget", "1.5x", "-o", "plan.json"),
+        ("plan", *SOURCES, "--budget", "1.5x", "--policy", "cluster", "-o", "plan.json"),
         ("merge", *SOURCES, "--base", "./base", "-o", "duo.moe", "--budget", "0.75x", "--policy", "measured"),
     ):
         done = call_program(*arguments, cwd=folder)
