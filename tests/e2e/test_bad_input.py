@@ -188,9 +188,13 @@ def test_merge_of_bad_input_says_what_and_leaves_nothing(damage, code, told, pla
         (("merge", "a=./code", "-o", "x.moe", "--budget", "1x", "--max-ram", "1MiB"), 7, ["--max-ram"]),
         (("merge", "a=./code", "-o", "x.moe", "--budget", "1x", "--max-ram", "0GB"), 3, ["--max-ram"]),
         (("merge", "a=./code", "-o", "x.moe", "--budget", "1x", "--max-ram", "many"), 3, ["'many'"]),
-        (("merge", "a=./code", "b=./law", "-o", "x.moe", "--budget", "0.9x"), 3, ["Use --budget 1x"]),
         (
-            ("merge", "a=./code", "b=./law", "-o", "x.moe", "--budget", "1KiB"),
+            ("merge", "a=./code", "b=./law", "-o", "x.moe", "--policy", "cluster", "--budget", "0.9x"),
+            3,
+            ["Use --budget 1x"],
+        ),
+        (
+            ("merge", "a=./code", "b=./law", "-o", "x.moe", "--policy", "cluster", "--budget", "1KiB"),
             3,
             ["1,024 bytes", "--budget 1x"],
         ),
@@ -234,7 +238,7 @@ def test_bad_argument_is_named(arguments, code, told, place):
 
 
 def test_budget_that_the_message_suggests_is_enough(place):
-    refused = call_program(*MERGE[:-1], "0.3x", cwd=place)
+    refused = call_program(*MERGE[:-1], "0.1x", cwd=place)
     suggested = refused.err.split("Use --budget ")[1].split(" or more")[0]
     assert call_program(*MERGE[:-1], suggested, cwd=place).code == 0
 

@@ -135,7 +135,7 @@ def test_figures_are_written_where_asked(place, tmp_path):
         (("compare", *GIVEN, "1x,,1x"), 3, "different budgets"),
         (("compare", *GIVEN, "exact"), 3, "nothing is left"),
         (("compare", *GIVEN, "1x"), 5, "x: no such calibration"),
-        (("compare", *GIVEN, "1x", "--methods", "magic"), 3, "no method 'magic'; there are ours, copies"),
+        (("compare", *GIVEN, "1x", "--methods", "magic"), 3, "no method 'magic'; there are ours, unrepaired"),
         (("compare", *GIVEN, "1x", "--plot", "x.txt"), 3, ".png"),
         (("compare", *SOURCES, *texts(), "--budget", "1x", "--calibration", "x"), 2, "--base"),
     ],
