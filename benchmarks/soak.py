@@ -30,9 +30,10 @@ from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.task import options_of
 from moemerge.errors import MoemergeError, NotFound
+from moemerge.models.geometry import cache_geometry
 from moemerge.refs import FolderRef
 from moemerge.runner.engine import Engine
-from moemerge.runner.forward import cache_geometry, model_of
+from moemerge.runner.forward import model_of
 from moemerge.runner.options import EngineOptions
 from moemerge.runner.request import FinishReason, Output, Request
 from moemerge.runner.service import EngineService

@@ -24,6 +24,7 @@ from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.models import Route, build_model
 from moemerge.progress import Progress, Silent
+from moemerge.similarity.threads import one_thread
 
 _MUCH, _LITTLE = 0.1, 0.02
 """Of every matrix, over the root mean square of its entries: about what four bits do to it, and six."""
@@ -57,6 +58,7 @@ class Response(NamedTuple):
         return self.scale * weighted_damage**self.exponent if weighted_damage > 0 else 0.0
 
 
+@one_thread()
 def measure_sensitivity(
     checkpoint: Checkpoint,
     passages: Sequence[Passage],
@@ -151,7 +153,9 @@ class _DisturbedExperts:
         return output_TD
 
     def _count(self, number: int, layer_index: int, own_TD: Tensor, disturbed_TD: Tensor) -> None:
-        squares = torch.stack([(disturbed_TD - own_TD).square().sum(), own_TD.square().sum()])
+        squares = torch.stack(
+            [values_TD.square().sum(dim=1).sum() for values_TD in (disturbed_TD - own_TD, own_TD)]
+        )
         before = self._squares[number].get(layer_index, torch.zeros(2, dtype=torch.float64))
         self._squares[number][layer_index] = before + squares
 
@@ -177,7 +181,7 @@ class _DisturbedSource:
         return {
             part: matrix
             + torch.randn(matrix.shape, generator=generator).to(matrix.dtype)
-            * (self._size * matrix.float().square().mean().sqrt())
+            * (self._size * matrix.float().square().mean(dim=-1).mean().sqrt())
             for part, matrix in self._source.expert(layer_index, slot).items()
         }
 

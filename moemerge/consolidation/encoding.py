@@ -117,8 +117,8 @@ def _error(
     for part, matrix in parts.items():
         own = member.matrices[part]
         stands = effective(matrix, residual.get(part) if residual else None, dtype).float()
-        squared += float((stands - own).square().sum())
-        norm += float(own.square().sum())
+        squared += float((stands - own).square().sum(dim=-1).sum())
+        norm += float(own.square().sum(dim=-1).sum())
     return (squared / norm) ** 0.5 if norm else 0.0
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moemerge.similarity.threads import one_thread
+
 RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)
 """Pulls towards the matrix as it was, over the mean square of an input; the strongest first."""
 _NORM_RIDGE = 0.01
@@ -22,7 +24,7 @@ Miss = Callable[[Tensor, Tensor], float]
 
 def squared_error(output_TN: Tensor, wanted_TN: Tensor) -> float:
     """Mean of the squared differences."""
-    return float((output_TN - wanted_TN).square().mean())
+    return float((output_TN - wanted_TN).square().mean(dim=-1).mean())
 
 
 def routing_divergence(logits_TN: Tensor, wanted_TN: Tensor) -> float:
@@ -67,10 +69,11 @@ def refit_matrix(
     for ridge in ridges:
         damped = gram_DD.clone()
         damped.diagonal().add_(ridge * scale)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            break
-        change_ND = torch.cholesky_solve(cross_DN, factor).T.float()
+        with one_thread():
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if failed:
+                break
+            change_ND = torch.cholesky_solve(cross_DN, factor).T.float()
         matrix_ND = (own + change_ND).to(own_ND.dtype)
         found = miss(judged_TD @ matrix_ND.float().T, wanted_JN)
         if found < least:

@@ -10,6 +10,8 @@ Shapes: N rows of a matrix, D columns.
 import torch
 from torch import Tensor
 
+from moemerge.similarity.threads import one_thread
+
 DAMPING = 1e-6
 """Added to the moments' diagonal, relative to its mean: directions no input had are told apart by nothing."""
 
@@ -36,7 +38,8 @@ def ward_increment(a_ND: Tensor, b_ND: Tensor, moment_a_DD: Tensor, moment_b_DD:
     if scale <= 0:
         return 0.0
     damped = total + DAMPING * scale * torch.eye(len(total), dtype=torch.float64)
-    weighed = first @ torch.linalg.solve(damped, second @ difference)
+    with one_thread():
+        weighed = first @ torch.linalg.solve(damped, second @ difference)
     return max(0.0, float((difference * weighed).sum()))
 
 

@@ -284,15 +284,15 @@ def test_encoder_decoder_answers_a_source(tmp_path):
     reference.close()
 
 
-def test_what_the_engine_refuses_when_it_takes_it_up_is_the_clients_fault(tmp_path):
+def test_prompt_whose_blocks_leave_none_for_the_answer_is_too_long(tmp_path):
     bundle = write_bundle(tmp_path, "switch_transformers")
     with serve(bundle, engine={"dtype": "float32", "cache_memory": 60_000}) as served:
         context = served.http.get("/v1/models/plain").json()["max_model_len"]
-        # Within the context, but its blocks leave none for the answer.
+        # Within the context, but not with an answer within the cache.
         body = {"model": "plain", "prompt": [5] * (context - 1), "max_tokens": 2}
         refused = served.post("/v1/completions", body)
-        assert (refused.status_code, error_of(refused)["code"]) == (400, "invalid_value")
-        assert "fill the cache" in error_of(refused)["message"]
+        assert (refused.status_code, error_of(refused)["code"]) == (400, "context_length_exceeded")
+        assert "leave no room for an answer" in error_of(refused)["message"]
         assert served.post("/v1/completions", {**body, "prompt": [5]}).status_code == 200
 
 

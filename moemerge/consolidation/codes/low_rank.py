@@ -8,11 +8,13 @@ from torch import Tensor
 
 from moemerge.consolidation.codes.moments import Moment
 from moemerge.models.packed import LowRank
+from moemerge.similarity.threads import one_thread
 
 FACTOR_DTYPE = torch.bfloat16
 _OVERSAMPLING, _ROUNDS = 16, 4
 
 
+@one_thread()
 def factorise(matrix: Tensor, rank: int, moment: Moment | None = None) -> LowRank:
     """The matrix of that rank with the least error on inputs of this second moment.
 

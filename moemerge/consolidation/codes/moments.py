@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moemerge.similarity.threads import one_thread
+
 BLOCK_COLUMNS = 1024
 _DAMPING = 0.01
 
@@ -45,8 +47,7 @@ class Moment:
         """
         groups: dict[int, list[Tensor]] = {}
         for block in self.damped().blocks:
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(block))
-            groups.setdefault(len(block), []).append(torch.linalg.cholesky(inverse, upper=True))
+            groups.setdefault(len(block), []).append(_inverse_root(block))
         found, start = [], 0
         for size, factors in groups.items():
             found.append((slice(start, start + size * len(factors)), torch.stack(factors)))
@@ -68,7 +69,7 @@ class Moment:
     def error(self, difference: Tensor) -> float:
         """Weighted sum of squares of `difference x`, for a difference [N, D] of two matrices."""
         return sum(
-            float(((difference[:, columns] @ block) * difference[:, columns]).sum())
+            float(((difference[:, columns] @ block) * difference[:, columns]).sum(dim=1).sum())
             for columns, block in zip(self.slices(), self.blocks, strict=True)
         )
 
@@ -103,3 +104,11 @@ def add_part_moments(members: Sequence[Mapping[str, Moment]]) -> dict[str, Momen
             sums[same] = add_moments([moments[part] for moments in members])
         found[part] = sums[same]
     return found
+
+
+@one_thread()
+def _inverse_root(block: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(block))
+    root: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return root

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moemerge.consolidation.codes.moments import Moment, add_moments
+from moemerge.similarity.threads import one_thread
 
 _DAMPING = 0.01
 
@@ -34,8 +35,7 @@ def regression_mean(
     target = torch.stack(list(products)).sum(dim=0).add_(plain, alpha=damping)
     pieces = []
     for columns, block in zip(total.slices(), total.blocks, strict=True):
-        factor = torch.linalg.cholesky(block + torch.eye(len(block)) * damping)
-        pieces.append(torch.cholesky_solve(target[:, columns].T, factor).T)
+        pieces.append(_solved(block + torch.eye(len(block)) * damping, target[:, columns].T).T)
     return torch.cat(pieces, dim=1)
 
 
@@ -51,7 +51,7 @@ def ridge(inputs_SD: Tensor, wanted_SN: Tensor, start_ND: Tensor, weights_S: Ten
     root_S1 = weights_S.sqrt().unsqueeze(1)
     scaled_SD = inputs_SD * root_S1
     missing_SN = wanted_SN * root_S1 - scaled_SD @ start_ND.T
-    damping = _DAMPING * float(scaled_SD.square().mean()) * len(scaled_SD)
+    damping = _DAMPING * float(scaled_SD.square().mean(dim=1).mean()) * len(scaled_SD)
     if damping <= 0:
         return start_ND
     if len(scaled_SD) < scaled_SD.shape[1]:
@@ -64,5 +64,6 @@ def ridge(inputs_SD: Tensor, wanted_SN: Tensor, start_ND: Tensor, weights_S: Ten
     return start_ND + _solved(gram_DD, scaled_SD.T @ missing_SN).T
 
 
+@one_thread()
 def _solved(gram: Tensor, target: Tensor) -> Tensor:
     return torch.cholesky_solve(target, torch.linalg.cholesky(gram))
