@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Programs that tests start, too, take one thread: tests run side by side, and threads without a processor stall.
+# Programs that tests start take one thread, too: threads without a processor of their own stall the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 torch.set_num_threads(1)
