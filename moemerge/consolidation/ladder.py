@@ -11,7 +11,7 @@ from torch import Tensor
 from moemerge.bundle.manifest import FACTOR_BITS, CodeSpec
 from moemerge.consolidation.codes.low_rank import factorise
 from moemerge.consolidation.codes.moments import Moment
-from moemerge.consolidation.codes.rounding import round_together
+from moemerge.consolidation.codes.rounding import restore_length, round_together
 from moemerge.models.packed import COLUMN_MULTIPLE, Matrix, PackedMatrix, Residual
 
 PLAIN = "plain"
@@ -115,6 +115,7 @@ def encode_residual(
 ) -> dict[str, Residual]:
     """What is missing of an expert's matrices, float32, in a residual's code; biases are not corrected."""
     if code.kind == "bits":
-        return dict(_round(parts, code, moments))
+        coded = _round(parts, code, moments)
+        return {part: restore_length(matrix, parts[part], moments[part]) for part, matrix in coded.items()}
     assert code.rank is not None
     return {part: factorise(parts[part], code.rank, moments[part]) for part in parts if part in moments}

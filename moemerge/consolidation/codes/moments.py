@@ -16,7 +16,9 @@ from torch import Tensor
 from moemerge.similarity.threads import one_thread
 
 BLOCK_COLUMNS = 1024
-_DAMPING = 0.01
+_DAMPING = 0.05
+"""Of the mean diagonal. Inputs move a little once other layers are coded, and little text leaves directions
+out: with less, errors are put where inputs were not but will be. 0.02 to 0.2 come out alike."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,16 @@ class Moment:
 
     def error(self, difference: Tensor) -> float:
         """Weighted sum of squares of `difference x`, for a difference [N, D] of two matrices."""
-        return sum(
-            float(((difference[:, columns] @ block) * difference[:, columns]).sum(dim=1).sum())
-            for columns, block in zip(self.slices(), self.blocks, strict=True)
-        )
+        return self.inner(difference, [difference])[0]
+
+    def inner(self, one: Tensor, others: Sequence[Tensor]) -> list[float]:
+        """Weighted sums of products of `one x` and `other x`, for matrices [N, D]."""
+        sums = [0.0] * len(others)
+        for columns, block in zip(self.slices(), self.blocks, strict=True):
+            product = one[:, columns] @ block
+            for number, other in enumerate(others):
+                sums[number] += float((product * other[:, columns]).sum(dim=1).sum())
+        return sums
 
 
 def moment_of_rows(inputs_SD: Tensor, weights_S: Tensor) -> Moment:

@@ -9,6 +9,7 @@ Shapes: N rows, D columns, C columns of a group, W columns of a block, B blocks,
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ _MANY_BITS = 5
 _MANY_BITS_CLIPS, _MANY_BITS_STEPS = (1.0, 0.9), (0.05,)
 _SMALLEST_SCALE = 1e-30
 _LEAF_COLUMNS = 16
+_LONGEST = 1.5
+"""Signs of normal numbers ask for 1.57. Codes that ask for twice as much would be no better than none."""
 
 
 def round_nearest(matrix: Tensor, bits: int, group: int, *, search: bool = True) -> PackedMatrix:
@@ -83,6 +86,25 @@ def round_together(matrices: Sequence[Tensor], bits: int, group: int, moment: Mo
     rows = [len(matrix) for matrix in matrices]
     pieces = zip(torch.split(codes_DN, rows, dim=1), torch.split(scales_GN, rows, dim=1), strict=True)
     return [_packed(own_codes, own_scales, bits, group) for own_codes, own_scales in pieces]
+
+
+def restore_length(coded: PackedMatrix, matrix: Tensor, moment: Moment) -> PackedMatrix:
+    """The same codes with scales such that what they have of the matrix is as long as that.
+
+    The codes of least error are short of what they stand for: with an error of D they hold 1 - D of the
+    matrix, and something else. Of a residual that is 1 - D of what fine-tuning has learnt; losing that counts
+    to the first order, what is added by a stretch to the second.
+
+    Args:
+        coded: Of that matrix.
+        matrix: [N, D], float32.
+        moment: Of the inputs.
+    """
+    along, whole = moment.damped().inner(matrix, [coded.dense(), matrix])
+    if not along > 0:
+        return coded
+    stretch = min(whole / along, _LONGEST)
+    return replace(coded, scales=(coded.scales.float() * stretch).to(SCALE_DTYPE))
 
 
 def choose_scale(values_CN: Tensor, bits: int, importance_C: Tensor, *, search: bool = True) -> Tensor:

@@ -12,6 +12,7 @@ from moemerge.consolidation.codes.moments import (
 )
 from moemerge.consolidation.codes.rounding import (
     choose_scale,
+    restore_length,
     round_nearest,
     round_together,
     round_with_feedback,
@@ -172,3 +173,28 @@ def test_moments_add_up_and_are_sums_over_inputs():
     difference = draw(3, 16)
     expected = ((inputs[:, :16] @ difference.T).square() * weights.unsqueeze(1)).sum()
     assert narrow.error(difference) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("moment", [correlated(), moment_of_rows(torch.zeros(2, COLUMNS), torch.zeros(2))])
+def test_restored_codes_hold_the_whole_length_of_their_matrix(bits, moment):
+    matrix = draw(ROWS, COLUMNS)
+    coded = round_with_feedback(matrix, bits, 32, moment)
+    restored = restore_length(coded, matrix, moment)
+    assert torch.equal(restored.codes, coded.codes)
+
+    def held(packed):
+        along, whole = moment.damped().inner(matrix, [packed.dense(), matrix])
+        return along / whole
+
+    assert held(coded) < 1
+    # Scales are rounded to bf16; signs alone may ask for more than is allowed.
+    assert held(restored) == pytest.approx(1, abs=0.01 if bits > 1 else 0.1)
+    if bits < 4:
+        assert held(restored) > held(coded)
+
+
+def test_codes_that_have_nothing_of_their_matrix_are_left_alone():
+    matrix = draw(ROWS, COLUMNS)
+    coded = round_nearest(-matrix, 4, 32)
+    assert restore_length(coded, matrix, correlated()) is coded
