@@ -4,8 +4,6 @@ Knows nothing of variants beyond their names, and of who uses a tensor for how l
 """
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +12,6 @@ from torch import Tensor
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import require_mapped
 from moemerge.models.products import pack
-
-_SHARE_BYTES = 8 * 2**20
-"""Least bytes that are worth a thread of their own."""
-
 
 Copy = tuple[StoredTensor, Tensor, Tensor]
 """A place in the bundle's files, its mapped bytes, and memory for them."""
@@ -83,12 +77,12 @@ class Transfer:
             DamagedInput: A file of the bundle has become shorter.
         """
         begin = time.perf_counter()
-        if is_alone and all(_is_plain(source, target) for _, source, target in self.copies):
-            _copy_in_shares(self.copies, self.moved_bytes)
-        else:
-            for place, source, target in self.copies:
-                require_mapped(place)
-                _copy(source, target)
+        for place, source, target in self.copies:
+            require_mapped(place)
+            if is_alone:
+                target.copy_(source)
+            else:
+                _copy_beside(source, target)
         for piece, source in self.packs:
             require_mapped(piece.place)
             self.packed[piece] = pack(source)
@@ -100,44 +94,11 @@ class Transfer:
         )
 
 
-def _copy_in_shares(copies: Sequence[Copy], num_bytes: int) -> None:
-    """Every thread has tensors of its own, and is waited for once, not after each of them."""
-    last = {place.path: place for place, *_ in sorted(copies, key=lambda copy: copy[0].start)}
-    for place in last.values():
-        require_mapped(place)
-    num_shares = max(1, min(torch.get_num_threads(), num_bytes // _SHARE_BYTES))
-    own, *others = _share_out(copies, num_shares)
-    with ThreadPoolExecutor(max(1, len(others))) as threads:
-        jobs = [threads.submit(_copy_share, share) for share in others]
-        _copy_share(own)
-        for job in jobs:
-            job.result()
-
-
-def _share_out(copies: Sequence[Copy], num_shares: int) -> list[list[Copy]]:
-    """About as many bytes each."""
-    shares: list[list[Copy]] = [[] for _ in range(num_shares)]
-    filled = [0] * num_shares
-    for copy in sorted(copies, key=lambda copy: -copy[1].nbytes):
-        least = filled.index(min(filled))
-        shares[least].append(copy)
-        filled[least] += copy[1].nbytes
-    return shares
-
-
-def _copy_share(share: list[Copy]) -> None:
-    for _, source, target in share:
-        _copy(source, target)
-
-
-def _is_plain(source: Tensor, target: Tensor) -> bool:
-    """Whether the bytes stay in the processor's memory, and stay as they are."""
-    return target.device.type == "cpu" and source.dtype == target.dtype
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    if _is_plain(source, target) and source.dim():
-        # One thread and no lock of the interpreter, so that others go on beside it.
+def _copy_beside(source: Tensor, target: Tensor) -> None:
+    """Copy while others compute."""
+    is_plain = target.device.type == "cpu" and source.dtype == target.dtype and source.dim()
+    if is_plain:
+        # One thread and no lock of the interpreter.
         target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
     else:
         target.copy_(source, non_blocking=False)

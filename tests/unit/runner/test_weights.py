@@ -12,7 +12,6 @@ from moemerge.checkpoint.headers import read_header
 from moemerge.checkpoint.tensors import map_tensors
 from moemerge.errors import DamagedBundle, DamagedInput, MoemergeError
 from moemerge.models.products import can_pack
-from moemerge.runner import transfer as transfer_module
 from moemerge.runner.transfer import Transfer
 from moemerge.runner.weights import WeightStore
 from tests.bundles import NAMES
@@ -73,16 +72,15 @@ def test_any_order_of_swaps_ends_with_the_weights_of_a_fresh_store(bundle):
         assert store.resident_bytes == fresh.resident_bytes == store.set_bytes([name])
 
 
-def test_copies_in_shares_bring_every_byte_and_their_errors(monkeypatch, copied):
-    monkeypatch.setattr(transfer_module, "_SHARE_BYTES", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_copies_bring_every_byte_and_their_errors(is_alone, copied):
     store = store_of(copied)
-    store.prepare("plain").carry_out(is_alone=True)
+    store.prepare("plain").carry_out(is_alone=is_alone)
     store.verify_integrity(["plain"])
     transfer = store.prepare("large")
     truncate(own_file(copied, "large"), -100)
     with pytest.raises(DamagedInput, match="large"):
-        transfer.carry_out(is_alone=True)
+        transfer.carry_out(is_alone=is_alone)
 
 
 @pytest.mark.parametrize("is_alone", [False, True])
