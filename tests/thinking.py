@@ -10,7 +10,8 @@ TEMPLATE = (
     "{% for message in messages %}{% set content = message['content'] %}"
     "{% if '</think>' in content %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
     "{{ message['role'] }}: {{ content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+    "{% if add_generation_prompt %}assistant: "
+    "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}{% endif %}"
 )
 
 

@@ -32,6 +32,7 @@ from moemerge.cli import (
     show,
     similarity,
     status,
+    undeploy,
     verify,
 )
 from moemerge.cli.command import command
@@ -77,7 +78,7 @@ _BUILT_IN = {"evaluate": "eval"}
 
 for module in (
     init, pull, show, diff, similarity, calibrate, plan, merge, add, remove, report, verify, evaluate,
-    compare, export, push, run, chat, serve, deploy, status, bench, demo, families, schema, doctor,
+    compare, export, push, run, chat, serve, deploy, status, undeploy, bench, demo, families, schema, doctor,
 ):  # fmt: skip
     name = module.__name__.rpartition(".")[2]
     shown = _BUILT_IN.get(name, name)

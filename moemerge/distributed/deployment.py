@@ -5,6 +5,7 @@ The application has the bundle's name. Deployed again, its replicas are replaced
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,17 @@ def deploy(cluster: Cluster, folder: Path, options: DeployOptions) -> str:
     return name
 
 
-def withdraw(name: str) -> None:
-    """Serve a bundle no more; running requests have time to end."""
-    serve.delete(name)
+def withdraw(names: Sequence[str]) -> None:
+    """Serve bundles no more; running requests have time to end.
+
+    Raises:
+        NotFound: One of them is not served; then all go on.
+    """
+    served = served_names()
+    if unknown := [name for name in names if name not in served]:
+        raise NotFound(f"no bundle {unknown[0]!r} is served here; there are: {', '.join(served) or 'none'}")
+    for name in names:
+        serve.delete(name)
 
 
 def states_of(name: str) -> list[ReplicaState]:

@@ -38,7 +38,7 @@ async def create_chat_completion(body: ChatBody, request: Request, serving: Serv
     """
     arrival_s = time.perf_counter()
     name = serving.require(body.model)
-    variant, token_ids = await asyncio.to_thread(_prepare, serving, name, body.messages)
+    variant, token_ids = await asyncio.to_thread(_prepare, serving, name, body)
     is_older = body.max_completion_tokens is None
     wanted = Wanted(
         prompt_field="messages",
@@ -75,10 +75,10 @@ def encode_messages(
     return variant.text.encode(rendered, add_special_tokens=add_special_tokens)
 
 
-def _prepare(serving: Serving, name: str, messages: list[Message]) -> tuple[ServedVariant, tuple[int, ...]]:
+def _prepare(serving: Serving, name: str, body: ChatBody) -> tuple[ServedVariant, tuple[int, ...]]:
     """In a worker thread: templates and long texts take a while."""
     variant = serving.variant(name)
-    return variant, encode_messages(variant, messages)
+    return variant, encode_messages(variant, body.messages, variables=body.chat_template_kwargs)
 
 
 class _Form:

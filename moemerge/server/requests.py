@@ -14,6 +14,10 @@ from moemerge.text.limits import MAX_LOGPROBS
 LARGEST_TOKEN_ID = 2**31 - 1
 _NO_TOOLS: tuple[Any, ...] = (None, [])
 
+TemplateVariables = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Any] | None,
+    Field(max_length=64, description="Variables of the variant's chat template, such as enable_thinking."),
+]
 ModelName = Annotated[str, Field(min_length=1, max_length=256, description="Name of the variant.")]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -202,6 +206,7 @@ class ChatBody(GenerationBody):
         None, ge=1, le=LARGEST_TOKEN_ID, description="What the context leaves, if not given."
     )
     max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_TOKEN_ID, description="The newer name.")
+    chat_template_kwargs: TemplateVariables = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -225,6 +230,7 @@ class TokenizeBody(Body):
     messages: list[Message] | None = Field(None, min_length=1, max_length=4096)
     add_special_tokens: bool | None = Field(None, description="If not given, true for a prompt only.")
     add_generation_prompt: bool = Field(True, description="Of a chat.")
+    chat_template_kwargs: TemplateVariables = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

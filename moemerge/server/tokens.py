@@ -29,6 +29,7 @@ def tokenize(body: TokenizeBody, serving: ServingOf) -> Tokens:
             body.messages,
             add_special_tokens=bool(body.add_special_tokens),
             add_generation_prompt=body.add_generation_prompt,
+            variables=body.chat_template_kwargs,
         )
     else:
         ids = variant.text.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)

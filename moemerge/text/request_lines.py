@@ -18,12 +18,13 @@ from moemerge.text.limits import (
     require_whole,
     show_value,
 )
+from moemerge.text.templates import CHAT_TEMPLATE_KWARGS
 from moemerge.text.variants import BundleText, VariantText
 
 _SAMPLING = tuple(field.name for field in fields(Sampling))
 _PROMPTS = ("prompt", "messages", "prompt_ids")
 _SETTINGS = ("max_tokens", "min_tokens", "stop", "ignore_stop", "logprobs", *_SAMPLING)
-FIELDS = ("custom_id", "variant", *_PROMPTS, *_SETTINGS)
+FIELDS = ("custom_id", "variant", *_PROMPTS, CHAT_TEMPLATE_KWARGS, *_SETTINGS)
 """Everything a line may hold."""
 _DEFAULT_TOKENS = 128
 
@@ -142,13 +143,20 @@ def _prompt(values: Mapping[str, Any], text: VariantText) -> tuple[str, tuple[An
         raise InvalidRecipe(f"has {found} of {', '.join(_PROMPTS)}, expected one")
     (field,) = given
     value = values[field]
+    variables = values.get(CHAT_TEMPLATE_KWARGS)
+    if variables is not None and (field != "messages" or not isinstance(variables, dict)):
+        raise InvalidRecipe(
+            f"{CHAT_TEMPLATE_KWARGS} is {show_value(variables)}, expected an object beside messages"
+        )
     if field == "prompt":
         if not isinstance(value, str):
             raise InvalidRecipe(f"prompt is {show_value(value)}, expected a string")
         return field, text.encode(value)
     if not isinstance(value, list):
         raise InvalidRecipe(f"{field} is {show_value(value)}, expected a list")
-    return field, text.encode_chat(value) if field == "messages" else tuple(value)
+    if field == "messages":
+        return field, text.encode_chat(value, variables=variables)
+    return field, tuple(value)
 
 
 def _sampling(values: Mapping[str, Any], text: VariantText) -> Sampling:

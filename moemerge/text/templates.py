@@ -19,7 +19,11 @@ from moemerge.errors import DamagedInput, InvalidRecipe
 from moemerge.text.sandbox import MAX_LENGTH, BoundedSandbox
 
 _MAX_TEMPLATE_BYTES = 2**20
+_OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
+_MAX_VARIABLES = 64
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"
+"""What requests call a template's variables, as in vLLM."""
 Message = Mapping[str, Any]
 
 
@@ -62,10 +66,11 @@ class ChatTemplate:
             messages: Each with `role` and mostly `content`: text, or a list of parts of type `text`.
             add_generation_prompt: End with what precedes an answer.
             tools: Descriptions of functions, for templates that know them.
-            variables: More of the template's own.
+            variables: More of the template's own, such as `enable_thinking`.
 
         Raises:
-            InvalidRecipe: The template refuses the messages, fails on them, or exceeds its bounds.
+            InvalidRecipe: The template refuses the messages, fails on them, or exceeds its bounds; a variable
+                is none that can be given.
         """
         plain = [_plain_message(message, number) for number, message in enumerate(messages)]
         if not plain:
@@ -77,7 +82,7 @@ class ChatTemplate:
             )
         values = {
             **self._special_tokens,
-            **(variables or {}),
+            **_checked_variables(variables or {}),
             "messages": plain,
             "tools": list(tools) if tools else None,
             "documents": None,
@@ -144,6 +149,22 @@ def _plain_message(message: Message, number: int) -> dict[str, Any]:
     elif content is not None and not isinstance(content, str):
         raise InvalidRecipe(f"messages[{number}].content is {content!r}, expected text")
     return plain
+
+
+def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Refuses those that the template is given anyway, or that are no names of its language."""
+    if len(variables) > _MAX_VARIABLES:
+        raise InvalidRecipe(
+            f"{CHAT_TEMPLATE_KWARGS} has {len(variables)} entries, at most {_MAX_VARIABLES} are taken"
+        )
+    for name in variables:
+        if name in _OWN_VARIABLES:
+            raise InvalidRecipe(f"{CHAT_TEMPLATE_KWARGS} has {name}, which the template is given anyway")
+        if not name.isidentifier() or name.startswith("_"):
+            raise InvalidRecipe(
+                f"{CHAT_TEMPLATE_KWARGS} has {name!r}, which is no name that a template can use"
+            )
+    return variables
 
 
 def _part_text(part: object, number: int) -> str:

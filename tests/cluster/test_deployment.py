@@ -196,3 +196,18 @@ def test_bundle_is_replaced_without_losing_a_request(client, executor, options, 
     assert not before & {state.replica_id for state in deployment.states_of("mini")}
     assert client.complete("code")[0] == 404
     assert client.complete("scripture")[0] == 200
+
+
+def test_undeployed_bundle_is_gone_and_unknown_names_change_nothing(client, cluster):
+    from moemerge.distributed import deployment
+
+    wrong = run_program("undeploy", "mini", "nobody", "--address", cluster.address)
+    assert wrong.code == 5
+    assert "no bundle 'nobody' is served here; there are: mini" in wrong.err
+    assert client.complete("scripture")[0] == 200
+    done = run_program("undeploy", "mini", "--address", cluster.address, "--json")
+    assert done.code == 0, done.err
+    assert done.envelope["data"] == {"bundles": ["mini"]}
+    assert deployment.served_names() == []
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        client.get("v1/models")

@@ -210,7 +210,7 @@ def example_of(name: str) -> list[str]:
 
 
 # Repositories that do not exist, a server that does not end, measurements of minutes: tested elsewhere.
-NOT_TRIED = ("pull", "push", "serve", "deploy", "status", "bench")
+NOT_TRIED = ("pull", "push", "serve", "deploy", "status", "undeploy", "bench")
 
 
 def test_examples_in_the_help_run(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.task import options_of
 from moemerge.refs import FolderRef
-from moemerge.text.reasoning import CLOSE
+from moemerge.text.reasoning import CLOSE, OPEN
 from tests.e2e.program import call_program
 from tests.e2e.serving import serve
 from tests.factories import edit_json, write_siblings
@@ -100,6 +100,40 @@ def test_bots_are_assistants_and_earlier_thinking_may_be_sent_back(served):
     as_bot = served.post("/tokenize", {"model": "mind", "messages": turns}).json()["tokens"]
     turns[1] = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
     assert served.post("/tokenize", {"model": "mind", "messages": turns}).json()["tokens"] == as_bot
+
+
+def test_variables_reach_the_template_of_the_variant(served):
+    body = {"model": "mind", "messages": [{"role": "user", "content": "why?"}]}
+
+    def prompt(**variables):
+        tokens = served.post("/tokenize", {**body, "chat_template_kwargs": variables}).json()["tokens"]
+        return served.post("/detokenize", {"model": "mind", "tokens": tokens}).json()["prompt"]
+
+    assert OPEN in prompt()
+    assert OPEN in prompt(enable_thinking=True)
+    assert OPEN not in prompt(enable_thinking=False)
+    message = ask(served, chat_template_kwargs={"enable_thinking": False}, max_tokens=5)
+    usage = ask(served, max_tokens=5).json()["usage"]["prompt_tokens"]
+    assert message.json()["usage"]["prompt_tokens"] < usage
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"messages": []}, "the template is given anyway"),
+        ({"_x": 1}, "no name that a template can use"),
+        ({"a b": 1}, "no name that a template can use"),
+        ({f"v{number}": 1 for number in range(65)}, "64"),
+        ([1], "chat_template_kwargs"),
+        ({"x" * 65: 1}, "64"),
+    ],
+)
+def test_variables_that_cannot_be_are_refused(served, variables, said):
+    messages = [{"role": "user", "content": "why?"}]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        answer = served.post(path, {"model": "mind", "messages": messages, "chat_template_kwargs": variables})
+        assert answer.status_code == 400
+        assert said in answer.json()["error"]["message"]
 
 
 def test_recommended_sampling_is_the_default_of_its_variant(served, bundle):

@@ -12,6 +12,7 @@ from moemerge.text.request_lines import FIELDS, parse_line
 from moemerge.text.variants import BundleText
 
 GOOD = {"variant": "plain", "prompt": "a word"}
+TURN = {"variant": "large", "messages": [{"role": "user", "content": "a"}]}
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +86,12 @@ def test_equal_lines_get_seeds_of_their_own(texts):
         ({**GOOD, "variant": "huge"}, "no variant 'huge'"),
         ({**GOOD, "custom_id": 1}, "custom_id is 1"),
         ({"variant": "plain"}, "has none of prompt, messages, prompt_ids"),
+        (
+            {**GOOD, "chat_template_kwargs": {}},
+            "expected an object beside messages",
+        ),
+        ({**TURN, "chat_template_kwargs": 5}, "chat_template_kwargs is 5"),
+        ({**TURN, "chat_template_kwargs": {"tools": 1}}, "has tools, which the template is given anyway"),
         ({**GOOD, "prompt_ids": [1]}, "has prompt and prompt_ids of"),
         ({**GOOD, "prompt": 1}, "prompt is 1, expected a string"),
         ({**GOOD, "prompt": "\ud800"}, "not valid Unicode"),

@@ -163,5 +163,6 @@ def test_parts_of_text_become_one():
 
 
 def test_variables_reach_the_template_and_cannot_replace_the_messages():
-    variables = {"thinking": True, "messages": []}
-    assert render("{{ thinking }}{{ messages[0].content }}", variables=variables) == "Truehello"
+    assert render("{{ thinking }}{{ messages[0].content }}", variables={"thinking": True}) == "Truehello"
+    with pytest.raises(InvalidRecipe, match="messages, which the template is given anyway"):
+        render("{{ messages[0].content }}", variables={"messages": []})
