@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moemerge.models.layouts import Multiplied
-from moemerge.models.packed import Coded, fill_effective
+from moemerge.models.layouts import Arranged, Multiplied, Summed
+from moemerge.models.packed import Coded, LowRank, fill_effective
 from moemerge.models.routing import Route
 from moemerge.models.weights import OneVariant, Weights
 
@@ -142,6 +142,8 @@ class EffectiveLayer:
         dtype: That effective experts are rounded to.
         scratch: Where experts are computed that cannot be multiplied as they are; may serve many layers.
         activation: Form of the experts.
+        adds_outputs: Where pool expert and residual both have a product for the rows there are, outputs are
+            added instead of entries.
     """
 
     pool: Callable[[int], Mapping[str, Tensor | Coded]]
@@ -151,31 +153,43 @@ class EffectiveLayer:
     dtype: torch.dtype
     scratch: Scratch
     activation: Activation
+    adds_outputs: bool = False
 
     def output(self, pool_index: int, hidden_TD: Tensor) -> Tensor:
         """See `PoolLayer.output`."""
         parts = self.pool(self.bases[pool_index])
-        residual = self.residuals[pool_index] if pool_index >= self.num_experts else None
-        multiplied = None if residual else _multiplied(parts, len(hidden_TD))
+        residual = self.residuals[pool_index] if pool_index >= self.num_experts else {}
+        multiplied = None
+        if self.adds_outputs or not residual:
+            multiplied = _multiplied(parts, residual, hidden_TD)
         if multiplied is None:
             for part, matrix in parts.items():
-                added = residual.get(part) if residual else None
-                fill_effective(self.scratch.targets[part], matrix, added, self.dtype)
+                fill_effective(self.scratch.targets[part], matrix, residual.get(part), self.dtype)
             multiplied = self.scratch.tensors
         return ACTIVATIONS[self.activation](OneVariant(multiplied), "", hidden_TD)
 
 
 def _multiplied(
-    parts: Mapping[str, Tensor | Coded], num_tokens: int
+    parts: Mapping[str, Tensor | Coded], residual: Mapping[str, Coded], hidden_TD: Tensor
 ) -> Mapping[str, Tensor | Multiplied] | None:
-    """The parts, if all of them have a product that pays for so many tokens."""
+    """The parts with what is added to them, if all have a product that pays for so many rows."""
     chosen: dict[str, Tensor | Multiplied] = {}
     for part, matrix in parts.items():
-        if isinstance(matrix, Tensor) or (isinstance(matrix, Multiplied) and num_tokens <= matrix.max_rows):
+        added = residual.get(part)
+        if not isinstance(matrix, Tensor | Arranged):
+            return None
+        if added is None:
             chosen[part] = matrix
+        elif isinstance(added, Arranged | LowRank) and not _is_in_other_dtype(matrix, hidden_TD):
+            chosen[part] = Summed(matrix, added)
         else:
             return None
-    return chosen
+    fits = all(isinstance(one, Tensor) or len(hidden_TD) <= one.max_rows for one in chosen.values())
+    return chosen if fits else None
+
+
+def _is_in_other_dtype(matrix: Tensor | Arranged, hidden_TD: Tensor) -> bool:
+    return isinstance(matrix, Tensor) and matrix.dtype != hidden_TD.dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,17 @@ Knows nothing of what the matrices are for.
 Shapes: T rows of hidden states, N rows and D columns of the matrix, G groups of columns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from moemerge.models.packed import PackedMatrix, code_bytes, scale_columns, unpack
+from moemerge.models.packed import LowRank, PackedMatrix, code_bytes, scale_columns, unpack
 
 INT8_ROWS = 48
 """Rows of hidden states up to which an `Int8Matrix` is multiplied faster than it is unpacked.
@@ -26,6 +30,9 @@ INT4_ROWS = 96
 [7168, 1024], not in the cache: one row takes 0.23 ms, of bf16 in blocks 0.55 ms; from 4 rows on the same.
 """
 INT4_GROUPS = (32, 64, 128, 256)
+_INT4_BITS = (1, 2, 3, 4)
+_PLANED_BITS = (5, 6)
+"""Codes of more bits are two of four bits at most, side by side."""
 _INT16_PEAK, _INT16_MIDDLE = 32767, 32768
 _INT4_BLOCK = 64
 """Rows of a four-bit matrix come in multiples of this; a CPU's own blocks are as long, or half of it."""
@@ -143,6 +150,50 @@ class Int4Matrix:
 
 
 @dataclass(frozen=True, slots=True)
+class Int4Planes:
+    """Codes of five or six bits as two of four bits: the highest ones, and what is left.
+
+    Attributes:
+        planes: Both side by side, [N, 2 D]: a product with hidden states that are there twice.
+    """
+
+    planes: Int4Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, D]."""
+        return self.planes.shape[0], self.planes.shape[1] // 2
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.planes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both planes."""
+        return self.planes.nbytes
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of hidden states up to which `multiply` is the faster way."""
+        return self.planes.max_rows // 2
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [N, D]; the same bits as of the codes, since both planes have few."""
+        high_ND, low_ND = self.planes.dense().chunk(2, dim=1)
+        return (high_ND + low_ND).to(dtype)
+
+    def rows(self, start: int, stop: int) -> "Int4Planes":
+        """Rows from `start` to before `stop`; whole blocks."""
+        return Int4Planes(self.planes.rows(start, stop))
+
+    def multiply(self, hidden_TD: Tensor) -> Tensor:
+        """`hidden matrix^T`, [T, N]."""
+        return self.planes.multiply(torch.cat((hidden_TD, hidden_TD), dim=1))
+
+
+@dataclass(frozen=True, slots=True)
 class Int8Blocks:
     """An `Int8Matrix` in the blocks of the CPU's integer kernels, whose time grows less with rows.
 
@@ -213,56 +264,141 @@ class Int8Blocks:
         return Int8Matrix(self.blocks.to_dense().T, self.scales.unsqueeze(1))
 
 
-Multiplied = Int8Matrix | Int8Blocks | Int4Matrix
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A matrix of a pool expert and a residual, multiplied apart: outputs are added, not entries.
+
+    Attributes:
+        pool: [N, D], plain in the dtype of hidden states, or with a product of its own.
+        residual: [N, D].
+    """
+
+    pool: "Tensor | Arranged"
+    residual: "Arranged | LowRank"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, D]."""
+        return self.residual.shape
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of hidden states up to which `multiply` is the faster way."""
+        most = self.residual.max_rows
+        return most if isinstance(self.pool, Tensor) else min(most, self.pool.max_rows)
+
+    def multiply(self, hidden_TD: Tensor) -> Tensor:
+        """`hidden (pool + residual)^T`, [T, N]; both products are rounded, and their sum."""
+        pool = self.pool
+        product_TN = (
+            functional.linear(hidden_TD, pool) if isinstance(pool, Tensor) else pool.multiply(hidden_TD)
+        )
+        return product_TN.add_(self.residual.multiply(hidden_TD))
+
+
+Arranged = Int8Matrix | Int8Blocks | Int4Matrix | Int4Planes
 """Coded matrices with a product of their own.
 
 This is where a fused kernel for a device goes: a class with `multiply` and `max_rows` beside what every
 coded matrix has, and a place in `arrange`. All else is unpacked (`fill_effective`) and multiplied as a plain
 matrix.
 """
+Multiplied = Arranged | LowRank | Summed
+"""All that is multiplied as it is, but for plain matrices."""
 
 
-def arrange(matrix: PackedMatrix, dtype: torch.dtype, *, in_place: bool = False) -> PackedMatrix | Multiplied:
-    """The matrix as the product of its device in that dtype takes it, or itself where there is none.
+class Room(IntEnum):
+    """What arranging a matrix may take; one that a residual is added to must still be unpacked row by row."""
+
+    NONE = 0
+    """Neither time nor memory."""
+    SOME = 1
+    """Time, and scales that take more."""
+    FOUR_BITS = 2
+    """Every code of up to six bits may become one or two of four."""
+
+
+class Form(NamedTuple):
+    """What the layout of a packed matrix depends on.
+
+    Attributes:
+        bits: Of a code.
+        group: Columns that share a scale.
+        shape: [N, D].
+        dtype: Of hidden states.
+        device: Where it is.
+        is_base: Residuals are added to it, or it is one: it must still be unpacked row by row.
+    """
+
+    bits: int
+    group: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    is_base: bool
+
+
+def arrange(
+    matrix: PackedMatrix, dtype: torch.dtype, room: Room, *, is_base: bool
+) -> PackedMatrix | Arranged:
+    """The matrix as the product of its device takes it, or itself where there is none.
 
     Args:
         matrix: May be written over; the result shares memory with it where it is no larger.
-        dtype: Of hidden states.
-        in_place: Only what takes neither time nor memory; rows can then be unpacked one by one.
+        dtype, is_base: See `Form`.
+        room: What it may take.
     """
-    if matrix.bits == 8 and matrix.scales.shape[1] == 1:
-        if not in_place and can_multiply_blocks(dtype, matrix.device):
-            return _int8_blocks(matrix)
-        if can_multiply_int8(dtype, matrix.device):
-            return Int8Matrix(matrix.codes.view(torch.int8).bitwise_xor_(-128), matrix.scales)
-    if not in_place and can_arrange_int4(matrix.bits, matrix.group, matrix.shape, dtype, matrix.device):
-        codes_ND = unpack(matrix.codes, 4).to(torch.int32)
-        scales = matrix.scales.T.unsqueeze(2)
-        return Int4Matrix(
-            torch._convert_weight_to_int4pack_for_cpu(codes_ND, 2),
-            torch.cat((scales, scales * 0.5), dim=2).contiguous(),
-            _int4_block() or 0,
-        )
-    return matrix
+    form = Form(matrix.bits, matrix.group, matrix.shape, dtype, matrix.device, is_base)
+    if _takes_blocks(form, room):
+        return _int8_blocks(matrix)
+    if matrix.bits == 8 and matrix.scales.shape[1] == 1 and can_multiply_int8(dtype, matrix.device):
+        return Int8Matrix(matrix.codes.view(torch.int8).bitwise_xor_(-128), matrix.scales)
+    num_planes = _int4_planes(form, room)
+    if not num_planes:
+        return matrix
+    codes_ND, scales_GN = unpack(matrix.codes, matrix.bits), matrix.scales.T
+    if num_planes == 1:
+        return _int4_matrix(codes_ND + (8 - 2 ** (matrix.bits - 1)), scales_GN)
+    low = matrix.bits - 4
+    both_ND = torch.cat((codes_ND >> low, (codes_ND & (2**low - 1)) + (8 - 2 ** (low - 1))), dim=1)
+    return Int4Planes(_int4_matrix(both_ND, torch.cat((scales_GN * 2**low, scales_GN))))
 
 
-def arranged_bytes(
-    bits: int,
-    group: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    in_place: bool = False,
-) -> int:
+def arranged_bytes(form: Form, room: Room) -> int:
     """Bytes of a packed matrix of this kind, with scales in bf16, after `arrange`."""
-    num_rows, num_columns = shape
-    scales = 2 * num_rows * -(-num_columns // group)
-    if not in_place and bits == 8 and group >= num_columns and can_multiply_blocks(dtype, device):
-        scales *= 4
-    elif not in_place and can_arrange_int4(bits, group, shape, dtype, device):
-        scales *= 2
-    return num_rows * code_bytes(bits, num_columns) + scales
+    num_rows, num_columns = form.shape
+    scales = 2 * num_rows * -(-num_columns // form.group)
+    if num_planes := _int4_planes(form, room):
+        return num_planes * (num_rows * code_bytes(4, num_columns) + 2 * scales)
+    return num_rows * code_bytes(form.bits, num_columns) + scales * (4 if _takes_blocks(form, room) else 1)
+
+
+def _takes_blocks(form: Form, room: Room) -> bool:
+    """Whether a matrix becomes `Int8Blocks`."""
+    fits = form.bits == 8 and form.group >= form.shape[1] and room > Room.NONE and not form.is_base
+    return fits and can_multiply_blocks(form.dtype, form.device)
+
+
+def _int4_planes(form: Form, room: Room) -> int:
+    """Codes of four bits that each code becomes; 0 where it stays as it is."""
+    allowed: Sequence[int] = (*_INT4_BITS, *_PLANED_BITS)
+    if room < Room.FOUR_BITS:
+        allowed = (4,) if room == Room.SOME and not form.is_base else ()
+    if form.bits not in allowed or not can_arrange_int4(form):
+        return 0
+    return 2 if form.bits in _PLANED_BITS else 1
+
+
+def _int4_matrix(codes_ND: Tensor, scales_GN: Tensor) -> Int4Matrix:
+    """From codes, bytes, whose zero lies between 7 and 8."""
+    block = _int4_block()
+    assert block is not None
+    (num_rows, num_columns), scales = codes_ND.shape, scales_GN.unsqueeze(2)
+    # As torch's own conversion does it, in a fifth of the time.
+    halves_B2HD = codes_ND.view(-1, 2, block // 2, num_columns)
+    bytes_BHD = halves_B2HD[:, 0] | (halves_B2HD[:, 1] << 4)
+    blocks = bytes_BHD.transpose(1, 2).reshape(num_rows, num_columns // 2)
+    return Int4Matrix(blocks, torch.cat((scales, scales * 0.5), dim=2).contiguous(), block)
 
 
 def _int8_blocks(matrix: PackedMatrix) -> Int8Blocks:
@@ -298,17 +434,14 @@ def can_multiply_int8(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm")
 
 
-def can_arrange_int4(
-    bits: int, group: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether there is a product for codes of this kind in an `Int4Matrix`."""
+def can_arrange_int4(form: Form) -> bool:
+    """Whether there is a product for codes of four bits of this form in an `Int4Matrix`."""
     return (
-        bits == 4
-        and group in INT4_GROUPS
-        and shape[0] % _INT4_BLOCK == 0
-        and shape[1] % group == 0
-        and dtype == torch.bfloat16
-        and device.type == "cpu"
+        form.group in INT4_GROUPS
+        and form.shape[0] % _INT4_BLOCK == 0
+        and form.shape[1] % form.group == 0
+        and form.dtype == torch.bfloat16
+        and form.device.type == "cpu"
         and _int4_block() is not None
     )
 

@@ -191,6 +191,16 @@ class LowRank:
         """Rows from `start` to before `stop`, or to the end."""
         return LowRank(self.left[start:stop], self.right)
 
+    @property
+    def max_rows(self) -> int:
+        """Rows of hidden states up to which `multiply` is the faster way: it always is."""
+        return 2**31
+
+    def multiply(self, hidden_TD: Tensor) -> Tensor:
+        """`hidden matrix^T`, [T, N], through the rank, in the dtype of the hidden states."""
+        inner_TR = hidden_TD @ self.right.to(hidden_TD.dtype).T
+        return inner_TR @ self.left.to(hidden_TD.dtype).T
+
 
 Matrix = Tensor | PackedMatrix
 Residual = PackedMatrix | LowRank

@@ -17,7 +17,7 @@ from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TORCH_DTYPES, require_mapped
 from moemerge.errors import DamagedBundle, NotEnoughRoom
 from moemerge.models import Activation, PlainPoolLayer, PoolLayer
-from moemerge.models.layouts import arrange
+from moemerge.models.layouts import Room, arrange
 from moemerge.models.packed import Coded, Matrix, PackedMatrix
 from moemerge.runner.rows import (
     EffectiveRows,
@@ -207,7 +207,7 @@ class CachedExpertPool:
             codes.copy_(matrix.codes)
             scales.copy_(matrix.scales)
             held = PackedMatrix(codes, scales, matrix.bits, matrix.group)
-            parts[part] = arrange(held, self._dtype, in_place=True)
+            parts[part] = arrange(held, self._dtype, Room.NONE, is_base=True)
         return _Held(memory, parts)
 
 

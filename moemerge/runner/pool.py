@@ -15,7 +15,7 @@ from moemerge.bundle.manifest import PoolLayer as StoredLayer
 from moemerge.bundle.reader import Bundle, PoolParts
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.models import PlainPoolLayer, PoolLayer
-from moemerge.models.layouts import arrange, arranged_bytes
+from moemerge.models.layouts import Form, Room, arrange, arranged_bytes
 from moemerge.models.packed import Coded, Matrix, PackedMatrix
 from moemerge.models.products import can_pack, pack
 from moemerge.progress import Progress, Silent
@@ -47,12 +47,23 @@ class ExpertPool:
         device: torch.device,
         *,
         is_packed: bool = True,
+        room: Room = Room.SOME,
         progress: Progress | None = None,
     ) -> None:
+        """Load it.
+
+        Args:
+            bundle: Whose.
+            dtype: Of plain experts in memory.
+            device: Where that is.
+            is_packed: Whether plain matrices may take the packed layout.
+            room: What coded ones may take.
+            progress: Told of bytes.
+        """
         self.is_packed = is_packed and can_pack(dtype, device)
         self.rows = EffectiveRows(bundle)
-        self.nbytes = pool_bytes(bundle, dtype, device, is_packed=is_packed)
-        self._dtype, self._device, self._rearranges = dtype, device, is_packed
+        self.nbytes = pool_bytes(bundle, dtype, device, room)
+        self._dtype, self._device, self._room = dtype, device, room
         self._activation, self._scratch = activation_of(bundle), scratch_of(bundle, dtype, device)
         sizes = {layer.index: (bundle.folder / layer.file).stat().st_size for layer in bundle.manifest.layers}
         report = progress or Silent()
@@ -76,7 +87,10 @@ class ExpertPool:
         held = [
             self._load(parts, is_base=number in rows.residual_bases) for number, parts in enumerate(stored)
         ]
-        return effective_layer(layer, rows, held.__getitem__, self._scratch, self._activation)
+        adds_outputs = self._room == Room.FOUR_BITS
+        return effective_layer(
+            layer, rows, held.__getitem__, self._scratch, self._activation, adds_outputs=adds_outputs
+        )
 
     def _load(self, stored: dict[str, Matrix], *, is_base: bool) -> HeldParts:
         if any(isinstance(matrix, PackedMatrix) for matrix in stored.values()):
@@ -106,7 +120,7 @@ class ExpertPool:
     def _load_coded(self, matrix: PackedMatrix, *, is_base: bool) -> Coded:
         codes, scales = (t.to(device=self._device, copy=True) for t in (matrix.codes, matrix.scales))
         held = PackedMatrix(codes, scales, matrix.bits, matrix.group)
-        return arrange(held, self._dtype, in_place=is_base or not self._rearranges)
+        return arrange(held, self._dtype, self._room, is_base=is_base)
 
 
 def load_pool(
@@ -116,6 +130,7 @@ def load_pool(
     *,
     memory_bytes: int | None,
     is_packed: bool = True,
+    room: Room = Room.SOME,
     progress: Progress | None = None,
 ) -> ExpertPool | CachedExpertPool:
     """The pool, all of it when it fits into `memory_bytes`.
@@ -123,13 +138,13 @@ def load_pool(
     Raises:
         NotEnoughRoom: Not even one pool expert fits.
     """
-    if memory_bytes is None or pool_bytes(bundle, dtype, device, is_packed=is_packed) <= memory_bytes:
-        return ExpertPool(bundle, dtype, device, is_packed=is_packed, progress=progress)
+    if memory_bytes is None or pool_bytes(bundle, dtype, device, room) <= memory_bytes:
+        return ExpertPool(bundle, dtype, device, is_packed=is_packed, room=room, progress=progress)
     return CachedExpertPool(bundle, dtype, device, arena_bytes=memory_bytes)
 
 
 def pool_bytes(
-    bundle: Bundle, dtype: torch.dtype, device: torch.device | None = None, *, is_packed: bool = True
+    bundle: Bundle, dtype: torch.dtype, device: torch.device | None = None, room: Room = Room.SOME
 ) -> int:
     """Bytes of all pool experts when plain ones are held in that dtype, on that device (a CPU)."""
     device, rows = device or torch.device("cpu"), EffectiveRows(bundle)
@@ -140,23 +155,24 @@ def pool_bytes(
             if layer.code(number) is None:
                 total += sum(plain_bytes(matrix, dtype, is_base) for matrix in parts.values())
             else:
-                total += _coded_bytes(
-                    parts, dtype, device, is_base=is_base, in_place=is_base or not is_packed
-                )
+                total += _coded_bytes(parts, dtype, device, room, is_base=is_base)
     return total
 
 
 def _coded_bytes(
-    parts: PoolParts, dtype: torch.dtype, device: torch.device, *, is_base: bool, in_place: bool
+    parts: PoolParts, dtype: torch.dtype, device: torch.device, room: Room, *, is_base: bool
 ) -> int:
     """Bytes of a coded expert in the layout that its product takes, and of its biases."""
     biases = [place for place in parts.values() if isinstance(place, StoredTensor)]
     codes = {part: matrix for part, matrix in parts.items() if isinstance(matrix, StoredCodes)}
-    forms = {part: (matrix.bits, matrix.group, matrix.shape) for part, matrix in codes.items()}
+    forms = {
+        part: Form(matrix.bits, matrix.group, matrix.shape, dtype, device, is_base)
+        for part, matrix in codes.items()
+    }
     if "gate" in forms and not is_base:
-        (bits, group, (num_gate, width)), (_, _, (num_up, _)) = forms.pop("gate"), forms.pop("up")
-        forms["gate_up"] = (bits, group, (num_gate + num_up, width))
-    matrices = sum(arranged_bytes(*form, dtype, device, in_place=in_place) for form in forms.values())
+        gate, up = forms.pop("gate"), forms.pop("up")
+        forms["gate_up"] = gate._replace(shape=(gate.shape[0] + up.shape[0], gate.shape[1]))
+    matrices = sum(arranged_bytes(form, room) for form in forms.values())
     return matrices + sum(place.num_elements * dtype.itemsize for place in biases)
 
 

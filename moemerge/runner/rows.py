@@ -13,9 +13,9 @@ from torch import Tensor
 from moemerge.bundle.manifest import PoolLayer as StoredLayer
 from moemerge.bundle.reader import Bundle, effective_dtype
 from moemerge.models.experts import Activation, EffectiveLayer, PoolLayer, Scratch
-from moemerge.models.packed import Coded, Residual
+from moemerge.models.packed import Coded
 
-VariantResiduals = Mapping[tuple[int, int], Mapping[str, Residual]]
+VariantResiduals = Mapping[tuple[int, int], Mapping[str, Coded]]
 """Residuals of a variant, parts by name, by layer index and slot."""
 
 
@@ -35,7 +35,7 @@ class LayerRows:
     bases: tuple[int, ...]
     maps: Mapping[str, tuple[int, ...]]
     residual_bases: frozenset[int]
-    residuals: dict[int, Mapping[str, Residual]] = field(default_factory=dict)
+    residuals: dict[int, Mapping[str, Coded]] = field(default_factory=dict)
 
 
 class EffectiveRows:
@@ -73,8 +73,10 @@ def effective_layer(
     pool: Callable[[int], Mapping[str, Tensor | Coded]],
     scratch: Scratch,
     activation: Activation,
+    *,
+    adds_outputs: bool = False,
 ) -> PoolLayer:
-    """A layer's effective experts over the pool experts that `pool` gives."""
+    """A layer's effective experts over the pool experts that `pool` gives; see `EffectiveLayer`."""
     return EffectiveLayer(
         pool=pool,
         bases=rows.bases,
@@ -83,6 +85,7 @@ def effective_layer(
         dtype=effective_dtype(layer),
         scratch=scratch,
         activation=activation,
+        adds_outputs=adds_outputs,
     )
 
 

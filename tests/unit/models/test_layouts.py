@@ -5,9 +5,13 @@ import torch
 
 from moemerge.models import multiply
 from moemerge.models.layouts import (
+    Form,
     Int4Matrix,
+    Int4Planes,
     Int8Blocks,
     Int8Matrix,
+    Room,
+    Summed,
     arrange,
     arranged_bytes,
     can_arrange_int4,
@@ -15,7 +19,7 @@ from moemerge.models.layouts import (
     can_multiply_int8,
 )
 from moemerge.models.packed import PackedMatrix, effective
-from tests.coded import quantise, random_matrix
+from tests.coded import code, low_rank, quantise, random_matrix
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -26,8 +30,12 @@ needs_blocks = pytest.mark.skipif(
     not can_multiply_blocks(BF16, CPU), reason="this CPU or this torch has no exact products of bytes"
 )
 needs_int4 = pytest.mark.skipif(
-    not can_arrange_int4(4, 32, (64, 64), BF16, CPU), reason="this torch has no int4 product"
+    not can_arrange_int4(Form(4, 32, (64, 64), BF16, CPU, is_base=False)),
+    reason="this torch has no int4 product",
 )
+
+
+LOW_RANK = code(random_matrix(192, 512, seed=4), low_rank(3))
 
 
 def copy_of(matrix: PackedMatrix) -> PackedMatrix:
@@ -36,13 +44,19 @@ def copy_of(matrix: PackedMatrix) -> PackedMatrix:
 
 def arranged(matrix: PackedMatrix, kind):
     """`arrange` may write over the codes."""
-    return arrange(copy_of(matrix), BF16, in_place=kind is Int8Matrix)
+    return arrange(copy_of(matrix), BF16, Room.FOUR_BITS, is_base=kind is Int8Matrix)
+
+
+def form_of(matrix: PackedMatrix, dtype=BF16, *, is_base=False):
+    return Form(matrix.bits, matrix.group, matrix.shape, dtype, CPU, is_base)
 
 
 KINDS = [
     pytest.param(8, None, Int8Matrix, marks=needs_int8),
     pytest.param(8, 600, Int8Blocks, marks=needs_blocks),
     *(pytest.param(4, group, Int4Matrix, marks=needs_int4) for group in (32, 64, 128, 256)),
+    *(pytest.param(number, 64, Int4Matrix, marks=needs_int4) for number in (1, 2, 3)),
+    *(pytest.param(number, 64, Int4Planes, marks=needs_int4) for number in (5, 6)),
 ]
 
 
@@ -52,8 +66,7 @@ def test_an_arranged_matrix_has_the_entries_of_its_codes_bit_for_bit(number, gro
     held = arranged(matrix, kind)
     assert isinstance(held, kind)
     assert held.shape == matrix.shape
-    in_place = kind is Int8Matrix
-    assert held.nbytes == arranged_bytes(number, matrix.group, matrix.shape, BF16, CPU, in_place=in_place)
+    assert held.nbytes == arranged_bytes(form_of(matrix, is_base=kind is Int8Matrix), Room.FOUR_BITS)
     assert torch.equal(held.dense(), matrix.dense())
     assert torch.equal(held.rows(64, 128).dense(), matrix.dense()[64:128])
     residual = quantise(random_matrix(192, 512, seed=1), 2, 64)
@@ -73,6 +86,37 @@ def test_a_coded_product_is_near_that_of_the_entries(number, group, kind, num_ro
     assert ((product.double() - exact).abs() <= CODED_TOLERANCE * (sizes + exact.abs())).all()
 
 
+@needs_int4
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+@pytest.mark.parametrize("number", [3, 4, 6])
+@pytest.mark.parametrize("residual", [quantise(random_matrix(192, 512, seed=3), 2, 64), LOW_RANK])
+def test_a_sum_is_near_the_product_of_summed_entries(residual, number, num_rows):
+    held = arrange(quantise(random_matrix(192, 512), number, 64), BF16, Room.FOUR_BITS, is_base=True)
+    added = residual if residual is LOW_RANK else arranged(residual, Int4Matrix)
+    hidden = (random_matrix(num_rows, 512, seed=2) + 0.5).to(BF16)
+    for pool in (held, held.dense(BF16)):
+        product = multiply(hidden, Summed(pool, added))
+        exact = hidden.double() @ (pool.double() if pool is not held else held.dense().double()).T
+        exact += hidden.double() @ added.dense().double().T
+        assert product.dtype == BF16
+        assert float((product.double() - exact).norm() / exact.norm()) < 2**-7
+
+
+@pytest.mark.parametrize("room", Room)
+@pytest.mark.parametrize("is_base", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 8])
+def test_only_with_room_codes_take_more_bytes(number, is_base, room):
+    matrix = quantise(random_matrix(128, 128), number, None if number == 8 else 64)
+    form, stored = form_of(matrix, is_base=is_base), matrix.nbytes
+    held = arrange(copy_of(matrix), BF16, room, is_base=is_base)
+    assert held.nbytes == arranged_bytes(form, room)
+    if room == Room.NONE or (room == Room.SOME and is_base):
+        assert held.nbytes == stored
+    elif room == Room.SOME and number < 8:
+        # Scales of four bits come in pairs.
+        assert held.nbytes <= stored + matrix.scales.nbytes
+
+
 @pytest.mark.parametrize(
     ("number", "group", "dtype"),
     [
@@ -86,15 +130,15 @@ def test_a_coded_product_is_near_that_of_the_entries(number, group, kind, num_ro
 )
 def test_codes_without_a_product_stay_as_they_are(number, group, dtype):
     matrix = quantise(random_matrix(64, 96), number, group)
-    assert arrange(matrix, dtype) is matrix
-    assert arranged_bytes(number, matrix.group, matrix.shape, dtype, CPU) == matrix.nbytes
+    assert arrange(matrix, dtype, Room.FOUR_BITS, is_base=False) is matrix
+    assert arranged_bytes(form_of(matrix, dtype), Room.FOUR_BITS) == matrix.nbytes
 
 
 @needs_int4
 def test_codes_of_a_shape_that_has_no_blocks_stay_as_they_are():
     for shape in ((96, 64), (64, 48), (40, 32)):
         matrix = quantise(random_matrix(*shape), 4, 32)
-        assert arrange(matrix, BF16) is matrix
+        assert arrange(matrix, BF16, Room.FOUR_BITS, is_base=False) is matrix
 
 
 @needs_blocks
@@ -102,14 +146,14 @@ def test_codes_of_a_shape_that_has_no_blocks_stay_as_they_are():
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_largest_bytes_do_not_overflow(fill, sign):
     codes = torch.full((64, 4096), fill, dtype=torch.uint8)
-    held = arrange(PackedMatrix(codes, torch.ones(64, 1).bfloat16(), 8, 4096), BF16)
+    held = arrange(PackedMatrix(codes, torch.ones(64, 1).bfloat16(), 8, 4096), BF16, Room.SOME, is_base=False)
     product = held.multiply(torch.full((2, 4096), sign * 3.0))
     assert torch.allclose(product, torch.tensor(sign * 3.0 * 4096 * (fill - 127.5)), rtol=1e-4)
 
 
 @needs_blocks
 def test_rows_of_zeros_and_rows_of_very_different_sizes_do_not_meet():
-    held = arrange(quantise(random_matrix(64, 96), 8), BF16)
+    held = arrange(quantise(random_matrix(64, 96), 8), BF16, Room.SOME, is_base=False)
     hidden = random_matrix(3, 96) * torch.tensor([[1e-3], [0.0], [1e3]])
     exact = hidden @ held.dense().T
     product = held.multiply(hidden)

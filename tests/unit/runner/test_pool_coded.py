@@ -15,10 +15,12 @@ from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.task import options_of
 from moemerge.errors import DamagedBundle, DamagedInput, NotEnoughRoom
-from moemerge.models.layouts import Int4Matrix, Int8Blocks, Int8Matrix, can_arrange_int4
+from moemerge.models.layouts import Form, Int4Matrix, Int8Blocks, Int8Matrix, Room, can_arrange_int4
 from moemerge.models.packed import PackedMatrix
 from moemerge.refs import FolderRef
 from moemerge.runner.cached_pool import CachedExpertPool
+from moemerge.runner.memory import DeviceMemory
+from moemerge.runner.options import EngineOptions
 from moemerge.runner.pool import ExpertPool, load_pool, pool_bytes
 from moemerge.runner.request import Request
 from moemerge.runner.rows import EffectiveRows
@@ -328,7 +330,10 @@ def wide_coded(tmp_path_factory):
     return write_coded(source, folder / "x.moe", pool=[bits(4, 32)], residuals=[None, None, bits(2, 32)])
 
 
-@pytest.mark.skipif(not can_arrange_int4(4, 32, (64, 64), torch.bfloat16, CPU), reason="no int4 product")
+FOUR_BITS = Form(4, 32, (64, 64), torch.bfloat16, CPU, is_base=False)
+
+
+@pytest.mark.skipif(not can_arrange_int4(FOUR_BITS), reason="no int4 product")
 @pytest.mark.parametrize("num_tokens", [1, 100])
 def test_four_bits_are_arranged_where_shapes_allow_and_counted_as_such(num_tokens, wide_coded):
     bundle, store = wide_coded, WeightStore(wide_coded, ["code"], torch.bfloat16, CPU)
@@ -344,3 +349,88 @@ def test_four_bits_are_arranged_where_shapes_allow_and_counted_as_such(num_token
             expected = reference_output(bundle, "code", layer.index, slot, x)
             output = pool.layers[layer.index].output(row, x).float()
             torch.testing.assert_close(output, expected, **BF16_TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def all_coded(tmp_path_factory):
+    """Pool experts and residuals of every code, large enough for products of four bits."""
+    folder = tmp_path_factory.mktemp("every")
+    _, tunes = write_siblings(folder, settings={"hidden_size": 64, "expert_size": 128})
+    variants = open_variants({name: FolderRef(path) for name, path in tunes.items()})
+    merge(variants, folder / "plain.moe", options_of("exact", None, within=False))
+    pool = [bits(3, 32), bits(4, 64), bits(5, 64), bits(6, 32), bits(8), None]
+    residuals = [bits(1, 32), bits(2, 64), None, bits(3, 32), bits(4, 64), low_rank(2)]
+    source = open_bundle(folder / "plain.moe")
+    return write_coded(source, folder / "x.moe", pool=pool, residuals=residuals)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20, 100])
+def test_outputs_are_added_where_there_is_room_and_are_those_of_the_exported_experts(num_tokens, all_coded):
+    bundle, names = all_coded, list(all_coded.manifest.variants)
+    store = WeightStore(bundle, names, torch.bfloat16, CPU, room=Room.FOUR_BITS)
+    pool = ExpertPool(bundle, torch.bfloat16, CPU, room=Room.FOUR_BITS)
+    held = [m for layer in pool.layers.values() for n in range(5) for m in layer.pool(n).values()]
+    assert sum(matrix.nbytes for matrix in held) == pool.nbytes
+    for name in names:
+        load(store, name)
+        pool.rows.install(name, store.residuals(name))
+    x = torch.randn(num_tokens, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for layer in bundle.manifest.layers:
+        for number, name in enumerate(names):
+            for slot, row in enumerate(pool.rows.maps(layer.index)[number]):
+                expected = reference_output(bundle, name, layer.index, slot, x)
+                output = pool.layers[layer.index].output(row, x).float()
+                torch.testing.assert_close(output, expected, **BF16_TOLERANCE)
+    store.verify_integrity(names)
+
+
+def test_arranged_residuals_come_and_go_with_their_variant(all_coded):
+    names = list(all_coded.manifest.variants)
+    store = WeightStore(all_coded, names, torch.bfloat16, CPU, room=Room.FOUR_BITS)
+    plain = WeightStore(all_coded, names, torch.bfloat16, CPU)
+    for one in (store, plain):
+        load(one, names[0])
+    stored = residual_bytes(all_coded, names[0])
+    residuals = store.residuals(names[0])
+    taken = sum(matrix.nbytes for parts in residuals.values() for matrix in parts.values())
+    assert store.resident_bytes - taken == plain.resident_bytes - stored
+    mapped = {t.data_ptr() for file in store._mapped.values() for t in file.values()}
+    for parts in residuals.values():
+        for matrix in parts.values():
+            if isinstance(matrix, PackedMatrix):
+                assert matrix.codes.data_ptr() not in mapped, "the file may change"
+    load(store, names[1], [names[0]])
+    store.verify_integrity([names[1]])
+    load(store, names[0], [names[1]])
+    store.verify_integrity([names[0]])
+    assert store.arranged_bytes(Room.FOUR_BITS) == sum(
+        matrix.nbytes
+        for name in names
+        for parts in fresh(all_coded, name).values()
+        for matrix in parts.values()
+    )
+
+
+def fresh(bundle, name):
+    store = WeightStore(bundle, [name], torch.bfloat16, CPU, room=Room.FOUR_BITS)
+    load(store, name)
+    return store.residuals(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "room"),
+    [
+        ({}, Room.FOUR_BITS),
+        ({"resident": "1"}, Room.SOME),
+        ({"device_memory": 2**30}, Room.SOME),
+        ({"pack": False}, Room.FOUR_BITS),
+        ({"dtype": "float32"}, Room.SOME),
+    ],
+)
+def test_room_is_there_when_everything_stays_and_no_limit_is_set(options, room, all_coded):
+    if not can_arrange_int4(FOUR_BITS):
+        pytest.skip("no int4 product")
+    memory = DeviceMemory(
+        all_coded, EngineOptions(**{"dtype": "bfloat16", **options}), list(all_coded.manifest.variants)
+    )
+    assert memory.store.room == room
