@@ -142,7 +142,7 @@ def main() -> None:
                         }
                     )
                     print(json.dumps(rows[-1]), flush=True)
-                deployment.withdraw(name)
+                deployment.withdraw([name])
             serve.shutdown()
     finally:
         cluster.shutdown()

@@ -108,7 +108,7 @@ def run(
         if not variants:
             raise typer.BadParameter("is needed with a prompt", param_hint="--variant")
         names = tuple(dict.fromkeys(variants))
-        # One answer after the other: nothing is prepared for many.
+        # One answer after the other: of what is not coded, nothing is prepared for many.
         options = replace(options, variants=names, max_batch=1, pack=False)
         settings = {"sampling": sampling, "max_tokens": max_tokens, "stop": tuple(stop or ())}
         _run_prompt(bundle, prompt, variants, settings, options, chat=chat, quiet=quiet, as_json=as_json)

@@ -5,6 +5,7 @@ the same rounds without repeating their work.
 """
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -41,10 +42,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lessons:
-    """What the rounds so far have taught; see `spending.Prices`."""
+    """What the rounds so far have taught.
+
+    Attributes:
+        correction, emphasis: See `spending.Prices`.
+        score: Of the round that emphasis was learnt from.
+        why: There is to be another round, for the log.
+    """
 
     correction: Mapping[str, float] = field(default_factory=dict)
     emphasis: Mapping[str, float] = field(default_factory=dict)
+    score: float = math.inf
+    why: str = ""
 
 
 class MakePlan(Protocol):
@@ -111,14 +120,14 @@ class Rounds:
         for number in range(1 + MORE_ROUNDS):
             before, plan = plan, self._plan(number, partial(make_plan, lessons))
             is_last = number == MORE_ROUNDS or (before is not None and plan.layers == before.layers)
-            learn = partial(self._learn, number, gate, lessons, plan)
             qualities = self._recall(number)
-            if not qualities or is_last or learn(qualities) is None:
+            if not qualities or is_last or self._learn(number, gate, lessons, plan, qualities) is None:
                 errors = self._write_pools(plan)
                 qualities = self._measure(number, plan, errors)
-            learnt = None if is_last else learn(qualities)
+            learnt = None if is_last else self._learn(number, gate, lessons, plan, qualities)
             if learnt is None:
                 break
+            logger.info("round %d: planned again, since %s", number + 1, learnt.why)
             lessons = learnt
         if missed := gate.missed(_kept(qualities)):
             raise QualityGateFailed(
@@ -137,17 +146,17 @@ class Rounds:
         qualities: Mapping[str, Quality],
     ) -> Lessons | None:
         """What another plan is to be told after this one came out so; None when it will do."""
-        if missed := gate.missed(_kept(qualities)):
-            logger.info("round %d: %s", number + 1, "; ".join(missed))
+        missed, lost = gate.missed(_kept(qualities)), self._lost(qualities)
+        if lessons.emphasis:
+            # The plan before was let through, which is why variants were weighed at all.
+            if missed or _score(lost) > lessons.score:
+                return Lessons(why="the plan before did better")
+            return None
+        if missed:
             correction = corrected(lessons.correction, plan.predicted_damage, qualities)
-            return Lessons(correction=correction)
-        lost = self._lost(qualities)
+            return Lessons(correction=correction, why="; ".join(missed))
         if number == 0 and lost and max(lost.values()) > _EVEN * statistics.fmean(lost.values()):
-            logger.info("round %d: uneven", number + 1)
-            return Lessons(emphasis=emphasised(lost))
-        if lessons.emphasis and _score(lost) > _score(self._lost(self._recall(number - 1))):
-            logger.info("round %d: worse than before, which is done again", number + 1)
-            return Lessons()
+            return Lessons(emphasis=emphasised(lost), score=_score(lost), why="variants lost unevenly")
         return None
 
     def _lost(self, qualities: Mapping[str, Quality]) -> dict[str, float]:

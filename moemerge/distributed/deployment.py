@@ -5,6 +5,7 @@ The application has the bundle's name. Deployed again, its replicas are replaced
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ _DRAIN_S = 60.0
 # A front door computes little, and every replica schedules by itself.
 _MANY = 100_000
 _ANSWER_S = 10.0
+_POLL_S = 0.2
 RouterClass = type[Any]
 
 
@@ -144,12 +146,18 @@ def withdraw(names: Sequence[str]) -> None:
 
     Raises:
         NotFound: One of them is not served; then all go on.
+        ClusterFailure: Some are still there when that time is over.
     """
     served = served_names()
     if unknown := [name for name in names if name not in served]:
         raise NotFound(f"no bundle {unknown[0]!r} is served here; there are: {', '.join(served) or 'none'}")
     for name in names:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)
+    deadline = time.monotonic() + _DRAIN_S + _ANSWER_S
+    while left := [name for name in names if name in served_names()]:
+        if time.monotonic() > deadline:
+            raise ClusterFailure(f"{', '.join(left)}: takes no new requests, but still answers old ones")
+        time.sleep(_POLL_S)
 
 
 def states_of(name: str) -> list[ReplicaState]:

@@ -308,12 +308,12 @@ Multiplied = Arranged | LowRank | Summed
 
 
 class Room(IntEnum):
-    """What arranging a matrix may take; one that a residual is added to must still be unpacked row by row."""
+    """What arranging a matrix may take."""
 
     NONE = 0
     """Neither time nor memory."""
     SOME = 1
-    """Time, and scales that take more."""
+    """Time, and scales that take more; nothing where it must still be unpacked row by row."""
     FOUR_BITS = 2
     """Every code of up to six bits may become one or two of four."""
 
@@ -327,7 +327,7 @@ class Form(NamedTuple):
         shape: [N, D].
         dtype: Of hidden states.
         device: Where it is.
-        is_base: Residuals are added to it, or it is one: it must still be unpacked row by row.
+        by_rows: It must still be unpacked row by row: residuals are added to it, or it is one.
     """
 
     bits: int
@@ -335,20 +335,20 @@ class Form(NamedTuple):
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    is_base: bool
+    by_rows: bool
 
 
 def arrange(
-    matrix: PackedMatrix, dtype: torch.dtype, room: Room, *, is_base: bool
+    matrix: PackedMatrix, dtype: torch.dtype, room: Room, *, by_rows: bool
 ) -> PackedMatrix | Arranged:
     """The matrix as the product of its device takes it, or itself where there is none.
 
     Args:
         matrix: May be written over; the result shares memory with it where it is no larger.
-        dtype, is_base: See `Form`.
+        dtype, by_rows: See `Form`.
         room: What it may take.
     """
-    form = Form(matrix.bits, matrix.group, matrix.shape, dtype, matrix.device, is_base)
+    form = Form(matrix.bits, matrix.group, matrix.shape, dtype, matrix.device, by_rows)
     if _takes_blocks(form, room):
         return _int8_blocks(matrix)
     if matrix.bits == 8 and matrix.scales.shape[1] == 1 and can_multiply_int8(dtype, matrix.device):
@@ -375,7 +375,7 @@ def arranged_bytes(form: Form, room: Room) -> int:
 
 def _takes_blocks(form: Form, room: Room) -> bool:
     """Whether a matrix becomes `Int8Blocks`."""
-    fits = form.bits == 8 and form.group >= form.shape[1] and room > Room.NONE and not form.is_base
+    fits = form.bits == 8 and form.group >= form.shape[1] and room > Room.NONE and not form.by_rows
     return fits and can_multiply_blocks(form.dtype, form.device)
 
 
@@ -383,7 +383,7 @@ def _int4_planes(form: Form, room: Room) -> int:
     """Codes of four bits that each code becomes; 0 where it stays as it is."""
     allowed: Sequence[int] = (*_INT4_BITS, *_PLANED_BITS)
     if room < Room.FOUR_BITS:
-        allowed = (4,) if room == Room.SOME and not form.is_base else ()
+        allowed = (4,) if room == Room.SOME and not form.by_rows else ()
     if form.bits not in allowed or not can_arrange_int4(form):
         return 0
     return 2 if form.bits in _PLANED_BITS else 1

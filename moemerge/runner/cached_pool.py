@@ -207,7 +207,7 @@ class CachedExpertPool:
             codes.copy_(matrix.codes)
             scales.copy_(matrix.scales)
             held = PackedMatrix(codes, scales, matrix.bits, matrix.group)
-            parts[part] = arrange(held, self._dtype, Room.NONE, is_base=True)
+            parts[part] = arrange(held, self._dtype, Room.NONE, by_rows=True)
         return _Held(memory, parts)
 
 

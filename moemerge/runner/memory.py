@@ -25,13 +25,13 @@ from moemerge.runner.options import (
     choose_dtype,
     parse_resident,
 )
-from moemerge.runner.pool import load_pool, pool_bytes
+from moemerge.runner.pool import load_pool, pool_bytes, residual_bytes
 from moemerge.runner.weights import WeightStore
 
 logger = logging.getLogger(__name__)
 _CACHE_SHARE = 1 / 8
 """Of the memory there is, what the key/value cache takes when nothing is said."""
-_FREE_SHARE = 1 / 2
+_FREE_SHARE = 1 / 3
 """Of the memory that is free, what experts may take that are not as small as they could be."""
 _CUDA_SHARE = 0.9
 """Of the free memory of a CUDA device, what the engine plans with; the rest is for activations."""
@@ -101,17 +101,24 @@ def plan_memory(
     return MemoryPlan(num_blocks, None if fits else left, resident_bytes)
 
 
-def choose_room(options: EngineOptions, bundle: Bundle, store: WeightStore, *, stays: bool) -> Room:
+def choose_room(
+    options: EngineOptions,
+    bundle: Bundle,
+    variants: Collection[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Room:
     """What coded experts may take so that they are multiplied as they are.
 
     Products of four bits are up to thirty times as fast for few rows as unpacking, and may take twice the
-    bytes: only where residuals stay, no limit is set, and much memory is free.
+    bytes: only where all variants stay, no limit is set, and much memory is free.
     """
-    if not stays or options.device_memory is not None or not can_pack(store.dtype, store.device):
+    stays = parse_resident(options.resident) == ResidentLimit()
+    if not stays or options.device_memory is not None or not can_pack(dtype, device):
         return Room.SOME
     room = Room.FOUR_BITS
-    needed = pool_bytes(bundle, store.dtype, store.device, room) + store.arranged_bytes(room)
-    return room if needed <= _FREE_SHARE * psutil.virtual_memory().available else Room.SOME
+    experts = pool_bytes(bundle, dtype, device, room) + residual_bytes(bundle, variants, dtype, device, room)
+    return room if experts <= _FREE_SHARE * psutil.virtual_memory().available else Room.SOME
 
 
 class DeviceMemory:
@@ -135,10 +142,9 @@ class DeviceMemory:
         self._resident = options.resident
         self._limit = parse_resident(options.resident)
         # Packing pays for tensors that stay, not for those that make room for others.
-        stays = self._limit == ResidentLimit()
-        is_packed = options.pack and stays
-        self.store = WeightStore(bundle, variants, self.dtype, self.device, is_packed=is_packed)
-        self.store.room = room = choose_room(options, bundle, self.store, stays=stays)
+        is_packed = options.pack and self._limit == ResidentLimit()
+        room = choose_room(options, bundle, variants, self.dtype, self.device)
+        self.store = WeightStore(bundle, variants, self.dtype, self.device, is_packed=is_packed, room=room)
         self.check_fits(variants, set(options.pinned))
 
         geometry = cache_geometry(model_of(bundle, next(iter(variants))), options.block_tokens)
@@ -148,6 +154,8 @@ class DeviceMemory:
             resident=self._limit, variants=variants, context_tokens=longest, room=room,
         )  # fmt: skip
         logger.debug("computes in %s on %s; %s", self.dtype, self.device, plan)
+        if room == Room.FOUR_BITS and any(layer.is_coded for layer in bundle.manifest.layers):
+            logger.info("experts in few bits are multiplied as they are, in up to twice their bytes")
         self._resident_bytes = plan.resident_bytes
         self.blocks = BlockPool(plan.num_blocks, options.block_tokens)
         self.pool = load_pool(

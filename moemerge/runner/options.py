@@ -32,8 +32,8 @@ class EngineOptions:
         cache_memory: Bytes of the key/value cache; None for an eighth of the memory there is, at most what
             `max_batch` sequences of full length take.
         block_tokens: Tokens per block of the cache.
-        pack: Whether what stays in memory, the pool and with `all` the residents, may take the blocked layout
-            of the CPU's matrix kernels.
+        pack: Whether plain matrices that stay in memory, of the pool and with `all` of residents, may take
+            the blocked layout of the CPU's matrix kernels.
         max_batch, max_step_tokens, max_wait_s, quantum_s, shares: See `Limits`.
         patience_s, min_hold_s, drain_s: See `Patience`; None for what suits the policy.
     """

@@ -5,12 +5,12 @@ depend on which of the two holds it, but for the rounding of another product ker
 the pool is that of the one expert that is unpacked at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from moemerge.bundle.coded import StoredCodes
+from moemerge.bundle.coded import StoredCodes, StoredLowRank, StoredResidual
 from moemerge.bundle.manifest import PoolLayer as StoredLayer
 from moemerge.bundle.reader import Bundle, PoolParts
 from moemerge.checkpoint.headers import StoredTensor
@@ -120,7 +120,7 @@ class ExpertPool:
     def _load_coded(self, matrix: PackedMatrix, *, is_base: bool) -> Coded:
         codes, scales = (t.to(device=self._device, copy=True) for t in (matrix.codes, matrix.scales))
         held = PackedMatrix(codes, scales, matrix.bits, matrix.group)
-        return arrange(held, self._dtype, self._room, is_base=is_base)
+        return arrange(held, self._dtype, self._room, by_rows=is_base)
 
 
 def load_pool(
@@ -157,6 +157,26 @@ def pool_bytes(
             else:
                 total += _coded_bytes(parts, dtype, device, room, is_base=is_base)
     return total
+
+
+def residual_bytes(
+    bundle: Bundle, variants: Collection[str], dtype: torch.dtype, device: torch.device, room: Room
+) -> int:
+    """Bytes of all residuals of these variants with so much room."""
+
+    def taken(matrix: StoredResidual) -> int:
+        if isinstance(matrix, StoredLowRank):
+            return matrix.nbytes
+        form = Form(matrix.bits, matrix.group, matrix.shape, dtype, device, by_rows=True)
+        return arranged_bytes(form, room)
+
+    return sum(
+        taken(matrix)
+        for variant in variants
+        for index in bundle.variant(variant).residual_layers
+        for parts in bundle.residuals(variant, index)
+        for matrix in (parts or {}).values()
+    )
 
 
 def _coded_bytes(

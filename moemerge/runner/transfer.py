@@ -4,17 +4,23 @@ Knows nothing of variants beyond their names, and of who uses a tensor for how l
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from moemerge.bundle.coded import StoredResidual
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import require_mapped
+from moemerge.models.layouts import Room, arrange
+from moemerge.models.packed import Coded, LowRank, Residual
 from moemerge.models.products import pack
 
 Copy = tuple[StoredTensor, Tensor, Tensor]
 """A place in the bundle's files, its mapped bytes, and memory for them."""
+ToArrange = tuple[StoredResidual, Residual]
+"""A residual's places in the bundle's files, and the same mapped."""
 
 
 @dataclass(eq=False, slots=True)
@@ -57,7 +63,8 @@ class Swap:
 class Transfer:
     """Copies to be made for a variant: source in the mapped bundle, target in device memory.
 
-    What is in `packs` gets memory of its own when it is packed.
+    What is in `packs` gets memory of its own when it is packed, and `residuals` when they are arranged for
+    products with hidden states of that dtype.
     """
 
     variant: str
@@ -65,7 +72,10 @@ class Transfer:
     packs: tuple[tuple[Piece, Tensor], ...]
     moved_bytes: int
     kept_bytes: int
+    dtype: torch.dtype = torch.bfloat16
+    residuals: Mapping[tuple[int, int], Mapping[str, ToArrange]] = field(default_factory=dict)
     packed: dict[Piece, Tensor] = field(default_factory=dict)
+    arranged: dict[tuple[int, int], dict[str, Coded]] = field(default_factory=dict)
 
     def carry_out(self, *, is_alone: bool = False) -> Swap:
         """Copy everything; may run on another thread.
@@ -86,12 +96,23 @@ class Transfer:
         for piece, source in self.packs:
             require_mapped(piece.place)
             self.packed[piece] = pack(source)
+        for key, parts in self.residuals.items():
+            self.arranged[key] = {part: self._arrange(*residual) for part, residual in parts.items()}
         return Swap(
             variant=self.variant,
             moved_bytes=self.moved_bytes,
             kept_bytes=self.kept_bytes,
             seconds=time.perf_counter() - begin,
         )
+
+    def _arrange(self, stored: StoredResidual, mapped: Residual) -> Coded:
+        """With memory of its own: what is mapped is neither written over nor kept."""
+        for place in stored.places.values():
+            require_mapped(place)
+        if isinstance(mapped, LowRank):
+            return LowRank(mapped.left.clone(), mapped.right.clone())
+        copied = replace(mapped, codes=mapped.codes.clone(), scales=mapped.scales.clone())
+        return arrange(copied, self.dtype, Room.FOUR_BITS, by_rows=True)
 
 
 def _copy_beside(source: Tensor, target: Tensor) -> None:

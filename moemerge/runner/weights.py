@@ -8,23 +8,22 @@ residuals come and go with it, as they are stored, or arranged for products of t
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moemerge.bundle.coded import StoredLowRank, StoredResidual
 from moemerge.bundle.reader import Bundle, ResidualParts
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors, require_mapped
 from moemerge.errors import DamagedBundle
-from moemerge.models.layouts import Form, Room, arrange, arranged_bytes
-from moemerge.models.packed import Coded, LowRank, Residual
+from moemerge.models.layouts import Room
+from moemerge.models.packed import Residual
 from moemerge.models.products import can_pack
 from moemerge.models.weights import is_only_multiplied
 from moemerge.runner.rows import VariantResiduals
-from moemerge.runner.transfer import Piece, Transfer
+from moemerge.runner.transfer import Piece, ToArrange, Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +70,13 @@ class WeightStore:
             NotFound, DamagedBundle: As `add`.
         """
         self.is_packed = is_packed and can_pack(dtype, device)
-        self.room = room
+        self._room = room
         self.dtype = dtype
         self.device = device
         self._bundle = bundle
         self._placements: dict[str, Placement] = {}
         self._pieces: dict[StoredTensor, Piece] = {}
         self._mapped: dict[str, dict[str, Tensor]] = {}
-        self._coded: set[Piece] = set()
         self._arranged: dict[str, VariantResiduals] = {}
         self._spare: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = defaultdict(list)
         for variant in variants:
@@ -94,12 +92,15 @@ class WeightStore:
         stored = self._bundle.tensors(variant)
         tensors = {role: self._piece(place, self.dtype) for role, place in stored.items()}
         matrices = [matrix for parts in residuals.values() for matrix in parts.values()]
-        places = [place for matrix in matrices for place in matrix.places.values()]
-        coded = [self._piece(place, TORCH_DTYPES[place.dtype]) for place in places]
-        self._coded.update(coded)
-        pieces = tuple(dict.fromkeys((*tensors.values(), *coded)))
-        stored_bytes = sum(piece.stored_bytes for piece in pieces)
-        self._placements[variant] = Placement(tensors, residuals, pieces, stored_bytes)
+        coded = [place for matrix in matrices for place in matrix.places.values()]
+        pieces = list(tensors.values())
+        if not self._arranges:
+            pieces += [self._piece(place, TORCH_DTYPES[place.dtype]) for place in coded]
+        unique = tuple(dict.fromkeys(pieces))
+        stored_bytes = sum(piece.stored_bytes for piece in unique)
+        if self._arranges:
+            stored_bytes += sum(place.nbytes for place in coded)
+        self._placements[variant] = Placement(tensors, residuals, unique, stored_bytes)
 
     def forget(self, variant: str) -> None:
         """Know a variant no more; it must not be held."""
@@ -107,17 +108,14 @@ class WeightStore:
         assert not any(variant in piece.users for piece in placement.pieces)
         known = (piece for other in self._placements.values() for piece in other.pieces)
         self._pieces = {piece.place: piece for piece in known}
-        self._coded.intersection_update(self._pieces.values())
         self._spare.clear()
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of tensors in use."""
-        arranged = [
-            m for residuals in self._arranged.values() for p in residuals.values() for m in p.values()
-        ]
-        held = sum(tensor.nbytes for piece, tensor in self._held() if not self._is_left(piece))
-        return held + sum(matrix.nbytes for matrix in arranged)
+        arranged = [parts for residuals in self._arranged.values() for parts in residuals.values()]
+        held = sum(tensor.nbytes for _, tensor in self._held())
+        return held + sum(matrix.nbytes for parts in arranged for matrix in parts.values())
 
     @property
     def shared_bytes(self) -> int:
@@ -129,20 +127,6 @@ class WeightStore:
         pieces = {piece for variant in variants for piece in self._placements[variant].pieces}
         return sum(piece.place.num_elements * piece.dtype.itemsize for piece in pieces)
 
-    def arranged_bytes(self, room: Room) -> int:
-        """Bytes that residuals of all variants take with so much room."""
-
-        def taken(matrix: StoredResidual) -> int:
-            if isinstance(matrix, StoredLowRank):
-                return matrix.nbytes
-            form = Form(matrix.bits, matrix.group, matrix.shape, self.dtype, self.device, is_base=True)
-            return arranged_bytes(form, room)
-
-        residuals = [
-            parts for placement in self._placements.values() for parts in placement.residuals.values()
-        ]
-        return sum(taken(matrix) for parts in residuals for matrix in parts.values())
-
     def stored_bytes(self, variant: str) -> int:
         """Bytes that a variant's tensors take in the bundle."""
         return self._placements[variant].stored_bytes
@@ -153,7 +137,9 @@ class WeightStore:
 
     def residuals(self, variant: str) -> VariantResiduals:
         """Residuals of a resident variant."""
-        return self._arranged.get(variant) or self._assembled(variant)
+        if self._arranges:
+            return self._arranged[variant]
+        return self._assembled(variant, lambda place: _in_memory(self._pieces[place]))
 
     def prepare(self, variant: str, instead_of: Collection[str] = ()) -> Transfer:
         """Memory for a variant and the copies that fill it; nobody may use it before they are made.
@@ -176,37 +162,33 @@ class WeightStore:
             self.release(held)
         try:
             sources = [self._source(piece.place) for piece in missing]
+            residuals = self._to_be_arranged(variant)
             for piece in missing:
                 if piece not in packs:
-                    piece.tensor = self._source(piece.place) if self._is_left(piece) else self._take(piece)
+                    piece.tensor = self._take(piece)
         except Exception:
             self.release(variant)
             raise
         finally:
             self._spare.clear()
-        moved_bytes = sum(piece.stored_bytes for piece in missing)
+        kept_bytes = sum(piece.stored_bytes for piece in placement.pieces if piece not in missing)
         pairs = list(zip(missing, sources, strict=True))
         return Transfer(
             variant,
-            tuple(
-                (p.place, source, p.tensor)
-                for p, source in pairs
-                if p.tensor is not None and p.tensor is not source
-            ),
+            tuple((p.place, source, p.tensor) for p, source in pairs if p.tensor is not None),
             tuple((piece, source) for piece, source in pairs if piece in packs),
-            moved_bytes,
-            placement.stored_bytes - moved_bytes,
+            placement.stored_bytes - kept_bytes,
+            kept_bytes,
+            dtype=self.dtype,
+            residuals=residuals,
         )
 
     def finish(self, transfer: Transfer) -> None:
         """The copies are made; the variant may be used."""
         for piece, tensor in transfer.packed.items():
             piece.tensor = tensor
-        if self.room == Room.FOUR_BITS and self._placements[transfer.variant].residuals:
-            self._arranged[transfer.variant] = {
-                key: {part: self._arrange(matrix) for part, matrix in parts.items()}
-                for key, parts in self._assembled(transfer.variant).items()
-            }
+        if self._arranges:
+            self._arranged[transfer.variant] = transfer.arranged
 
     def release(self, variant: str) -> None:
         """Set a variant aside; memory that nobody else uses is for the one that comes next."""
@@ -215,7 +197,7 @@ class WeightStore:
             piece.users.discard(variant)
             if not piece.users:
                 tensor, piece.tensor = piece.tensor, None
-                if tensor is not None and tensor.layout == torch.strided and not self._is_left(piece):
+                if tensor is not None and tensor.layout == torch.strided:
                     self._spare[tensor.dtype, tensor.shape].append(tensor)
 
     def verify_integrity(self, residents: Collection[str]) -> None:
@@ -234,40 +216,42 @@ class WeightStore:
             if not torch.equal(self._source(piece.place).to(piece.dtype), dense):
                 raise DamagedBundle(f"{piece.place.path}: {piece.place.name} differs from what is in memory")
         for variant, residuals in self._arranged.items():
-            stored = self._assembled(variant)
-            for (layer_index, slot), parts in residuals.items():
-                for part, matrix in parts.items():
-                    if not torch.equal(matrix.dense(), stored[layer_index, slot][part].dense()):
-                        raise DamagedBundle(
-                            f"variant {variant}, layer {layer_index}, slot {slot}: {part} differs"
-                        )
+            self._verify_arranged(variant, residuals)
 
     def _held(self) -> Iterator[tuple[Piece, Tensor]]:
         return ((piece, piece.tensor) for piece in self._pieces.values() if piece.tensor is not None)
 
-    def _is_left(self, piece: Piece) -> bool:
-        """Whether it stays in the bundle's file: nobody computes with it, but with what it is arranged to."""
-        return self.room == Room.FOUR_BITS and piece in self._coded
+    @property
+    def _arranges(self) -> bool:
+        """Whether residuals are arranged from the bundle's files, where they stay; else they are pieces."""
+        return self._room == Room.FOUR_BITS
 
-    def _assembled(self, variant: str) -> dict[tuple[int, int], dict[str, Residual]]:
-        """Residuals of a resident variant as they are stored."""
+    def _to_be_arranged(self, variant: str) -> dict[tuple[int, int], dict[str, ToArrange]]:
+        if not self._arranges:
+            return {}
+        mapped = self._assembled(variant, self._source)
+        return {
+            key: {part: (stored, mapped[key][part]) for part, stored in parts.items()}
+            for key, parts in self._placements[variant].residuals.items()
+        }
 
-        def read(place: StoredTensor) -> Tensor:
-            return _in_memory(self._pieces[place])
+    def _verify_arranged(self, variant: str, residuals: VariantResiduals) -> None:
+        for (layer_index, slot), parts in self._to_be_arranged(variant).items():
+            for part, (stored, mapped) in parts.items():
+                for place in stored.places.values():
+                    require_mapped(place)
+                if not torch.equal(residuals[layer_index, slot][part].dense(), mapped.dense()):
+                    where = f"variant {variant}, layer {layer_index}, slot {slot}"
+                    raise DamagedBundle(f"{where}: {part} differs from what is in memory")
 
+    def _assembled(
+        self, variant: str, read: Callable[[StoredTensor], Tensor]
+    ) -> dict[tuple[int, int], dict[str, Residual]]:
+        """A variant's residuals as they are stored."""
         return {
             key: {part: matrix.assemble(read) for part, matrix in parts.items()}
             for key, parts in self._placements[variant].residuals.items()
         }
-
-    def _arrange(self, matrix: Residual) -> Coded:
-        """With memory of its own."""
-        if isinstance(matrix, LowRank):
-            return LowRank(matrix.left.clone(), matrix.right.clone())
-        arranged = arrange(matrix, self.dtype, self.room, is_base=True)
-        if arranged is not matrix:
-            return arranged
-        return replace(matrix, codes=matrix.codes.clone(), scales=matrix.scales.clone())
 
     def _piece(self, place: StoredTensor, dtype: torch.dtype) -> Piece:
         return self._pieces.setdefault(place, Piece(place, dtype, place.nbytes))

@@ -238,6 +238,9 @@ class TokenizeBody(Body):
         if (self.prompt is None) == (self.messages is None):
             message = "either {field} or messages is needed, not both"
             raise PydanticCustomError("unsupported_field", message, {"field": "prompt"})
+        if self.chat_template_kwargs and self.messages is None:
+            message = "{field} goes only with messages"
+            raise PydanticCustomError("unsupported_field", message, {"field": "chat_template_kwargs"})
         return self
 
 

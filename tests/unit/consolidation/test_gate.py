@@ -1,5 +1,7 @@
 """Shares that must be kept, devices that must hold, and what a missed share does to the next plan."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from moemerge.checkpoint.variants import open_variants
@@ -8,7 +10,7 @@ from moemerge.consolidation.budget import LEAST
 from moemerge.consolidation.fitting import Device, budget_of
 from moemerge.consolidation.gate import Gate, check_gate
 from moemerge.consolidation.quality import Quality
-from moemerge.consolidation.rounds import corrected, emphasised
+from moemerge.consolidation.rounds import Lessons, Rounds, corrected, emphasised
 from moemerge.consolidation.spending import Prices, least_bytes, predicted_loss, spend
 from moemerge.errors import InvalidRecipe
 from moemerge.refs import FolderRef
@@ -127,3 +129,44 @@ def test_device_leaves_what_variants_and_cache_do_not_take(family, tmp_path):
         budget_of(Device(text="1kB"), variants)
     with pytest.raises(InvalidRecipe, match="at least one sequence"):
         Device(text="1GB", batch=0)
+
+
+def quality(kl, measured=None, kept=0.99):
+    return Quality(
+        damage={"kl": kl, "measured": kl if measured is None else measured, "gain_recovered": kept}
+    )
+
+
+def learn(number, lessons, qualities, gate=None, predicted=0.01):
+    """What `Rounds` makes of a round; variants gained 1 nat each."""
+    rounds = Rounds.__new__(Rounds)
+    rounds.statistics = SimpleNamespace(gained=dict.fromkeys(qualities, 1.0))
+    plan = SimpleNamespace(predicted_damage=dict.fromkeys(qualities, predicted))
+    return rounds._learn(number, gate or Gate(), lessons, plan, qualities)
+
+
+def test_only_a_first_plan_that_came_out_uneven_is_made_again():
+    uneven, even = {"a": quality(0.01), "b": quality(0.04)}, {"a": quality(0.03), "b": quality(0.03)}
+    learnt = learn(0, Lessons(), uneven)
+    assert learnt.emphasis == pytest.approx({"a": 0.4, "b": 1.6})
+    assert learnt.score == pytest.approx(0.025 + 0.04)
+    assert learn(0, Lessons(), even) is None
+    assert learn(1, learnt, even) is None, "better than before"
+    assert learn(1, Lessons(correction={"a": 2.0}), uneven) is None
+    assert learn(0, Lessons(), {"a": Quality(), "b": Quality()}) is None, "nothing was measured"
+
+
+def test_plan_that_did_better_is_made_again():
+    uneven = {"a": quality(0.01), "b": quality(0.04)}
+    learnt = learn(0, Lessons(), uneven)
+    worse = learn(1, learnt, {"a": quality(0.09), "b": quality(0.02)})
+    assert (worse.emphasis, worse.correction) == ({}, {})
+    gate = Gate(mean=0.9)
+    missed = learn(1, learnt, {"a": quality(0.01, kept=0.8), "b": quality(0.01, kept=0.8)}, gate)
+    assert (missed.emphasis, missed.correction) == ({}, {}), "the first plan had passed"
+    assert learn(1, learnt, {"a": quality(0.01), "b": Quality()}) is None, "one of them was not measured"
+
+
+def test_missed_gate_corrects_predictions():
+    learnt = learn(0, Lessons(), {"a": quality(0.02, kept=0.5)}, Gate(mean=0.9))
+    assert learnt.correction == pytest.approx({"a": 2**1.1})

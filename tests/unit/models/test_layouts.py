@@ -30,7 +30,7 @@ needs_blocks = pytest.mark.skipif(
     not can_multiply_blocks(BF16, CPU), reason="this CPU or this torch has no exact products of bytes"
 )
 needs_int4 = pytest.mark.skipif(
-    not can_arrange_int4(Form(4, 32, (64, 64), BF16, CPU, is_base=False)),
+    not can_arrange_int4(Form(4, 32, (64, 64), BF16, CPU, by_rows=False)),
     reason="this torch has no int4 product",
 )
 
@@ -44,11 +44,11 @@ def copy_of(matrix: PackedMatrix) -> PackedMatrix:
 
 def arranged(matrix: PackedMatrix, kind):
     """`arrange` may write over the codes."""
-    return arrange(copy_of(matrix), BF16, Room.FOUR_BITS, is_base=kind is Int8Matrix)
+    return arrange(copy_of(matrix), BF16, Room.FOUR_BITS, by_rows=kind is Int8Matrix)
 
 
-def form_of(matrix: PackedMatrix, dtype=BF16, *, is_base=False):
-    return Form(matrix.bits, matrix.group, matrix.shape, dtype, CPU, is_base)
+def form_of(matrix: PackedMatrix, dtype=BF16, *, by_rows=False):
+    return Form(matrix.bits, matrix.group, matrix.shape, dtype, CPU, by_rows)
 
 
 KINDS = [
@@ -66,7 +66,7 @@ def test_an_arranged_matrix_has_the_entries_of_its_codes_bit_for_bit(number, gro
     held = arranged(matrix, kind)
     assert isinstance(held, kind)
     assert held.shape == matrix.shape
-    assert held.nbytes == arranged_bytes(form_of(matrix, is_base=kind is Int8Matrix), Room.FOUR_BITS)
+    assert held.nbytes == arranged_bytes(form_of(matrix, by_rows=kind is Int8Matrix), Room.FOUR_BITS)
     assert torch.equal(held.dense(), matrix.dense())
     assert torch.equal(held.rows(64, 128).dense(), matrix.dense()[64:128])
     residual = quantise(random_matrix(192, 512, seed=1), 2, 64)
@@ -91,7 +91,7 @@ def test_a_coded_product_is_near_that_of_the_entries(number, group, kind, num_ro
 @pytest.mark.parametrize("number", [3, 4, 6])
 @pytest.mark.parametrize("residual", [quantise(random_matrix(192, 512, seed=3), 2, 64), LOW_RANK])
 def test_a_sum_is_near_the_product_of_summed_entries(residual, number, num_rows):
-    held = arrange(quantise(random_matrix(192, 512), number, 64), BF16, Room.FOUR_BITS, is_base=True)
+    held = arrange(quantise(random_matrix(192, 512), number, 64), BF16, Room.FOUR_BITS, by_rows=True)
     added = residual if residual is LOW_RANK else arranged(residual, Int4Matrix)
     hidden = (random_matrix(num_rows, 512, seed=2) + 0.5).to(BF16)
     for pool in (held, held.dense(BF16)):
@@ -103,14 +103,14 @@ def test_a_sum_is_near_the_product_of_summed_entries(residual, number, num_rows)
 
 
 @pytest.mark.parametrize("room", Room)
-@pytest.mark.parametrize("is_base", [False, True])
+@pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 8])
-def test_only_with_room_codes_take_more_bytes(number, is_base, room):
+def test_only_with_room_codes_take_more_bytes(number, by_rows, room):
     matrix = quantise(random_matrix(128, 128), number, None if number == 8 else 64)
-    form, stored = form_of(matrix, is_base=is_base), matrix.nbytes
-    held = arrange(copy_of(matrix), BF16, room, is_base=is_base)
+    form, stored = form_of(matrix, by_rows=by_rows), matrix.nbytes
+    held = arrange(copy_of(matrix), BF16, room, by_rows=by_rows)
     assert held.nbytes == arranged_bytes(form, room)
-    if room == Room.NONE or (room == Room.SOME and is_base):
+    if room == Room.NONE or (room == Room.SOME and by_rows):
         assert held.nbytes == stored
     elif room == Room.SOME and number < 8:
         # Scales of four bits come in pairs.
@@ -130,7 +130,7 @@ def test_only_with_room_codes_take_more_bytes(number, is_base, room):
 )
 def test_codes_without_a_product_stay_as_they_are(number, group, dtype):
     matrix = quantise(random_matrix(64, 96), number, group)
-    assert arrange(matrix, dtype, Room.FOUR_BITS, is_base=False) is matrix
+    assert arrange(matrix, dtype, Room.FOUR_BITS, by_rows=False) is matrix
     assert arranged_bytes(form_of(matrix, dtype), Room.FOUR_BITS) == matrix.nbytes
 
 
@@ -138,7 +138,7 @@ def test_codes_without_a_product_stay_as_they_are(number, group, dtype):
 def test_codes_of_a_shape_that_has_no_blocks_stay_as_they_are():
     for shape in ((96, 64), (64, 48), (40, 32)):
         matrix = quantise(random_matrix(*shape), 4, 32)
-        assert arrange(matrix, BF16, Room.FOUR_BITS, is_base=False) is matrix
+        assert arrange(matrix, BF16, Room.FOUR_BITS, by_rows=False) is matrix
 
 
 @needs_blocks
@@ -146,14 +146,14 @@ def test_codes_of_a_shape_that_has_no_blocks_stay_as_they_are():
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_largest_bytes_do_not_overflow(fill, sign):
     codes = torch.full((64, 4096), fill, dtype=torch.uint8)
-    held = arrange(PackedMatrix(codes, torch.ones(64, 1).bfloat16(), 8, 4096), BF16, Room.SOME, is_base=False)
+    held = arrange(PackedMatrix(codes, torch.ones(64, 1).bfloat16(), 8, 4096), BF16, Room.SOME, by_rows=False)
     product = held.multiply(torch.full((2, 4096), sign * 3.0))
     assert torch.allclose(product, torch.tensor(sign * 3.0 * 4096 * (fill - 127.5)), rtol=1e-4)
 
 
 @needs_blocks
 def test_rows_of_zeros_and_rows_of_very_different_sizes_do_not_meet():
-    held = arrange(quantise(random_matrix(64, 96), 8), BF16, Room.SOME, is_base=False)
+    held = arrange(quantise(random_matrix(64, 96), 8), BF16, Room.SOME, by_rows=False)
     hidden = random_matrix(3, 96) * torch.tensor([[1e-3], [0.0], [1e3]])
     exact = hidden @ held.dense().T
     product = held.multiply(hidden)

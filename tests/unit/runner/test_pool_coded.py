@@ -2,7 +2,11 @@
 
 import math
 import shutil
+from contextlib import closing
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch.nn import functional
@@ -18,12 +22,16 @@ from moemerge.errors import DamagedBundle, DamagedInput, NotEnoughRoom
 from moemerge.models.layouts import Form, Int4Matrix, Int8Blocks, Int8Matrix, Room, can_arrange_int4
 from moemerge.models.packed import PackedMatrix
 from moemerge.refs import FolderRef
+from moemerge.runner import transfer as transfer_module
 from moemerge.runner.cached_pool import CachedExpertPool
-from moemerge.runner.memory import DeviceMemory
-from moemerge.runner.options import EngineOptions
+from moemerge.runner.engine import Engine
+from moemerge.runner.memory import choose_room
+from moemerge.runner.options import EngineOptions, choose_dtype
 from moemerge.runner.pool import ExpertPool, load_pool, pool_bytes
+from moemerge.runner.pool import residual_bytes as residual_bytes_of
 from moemerge.runner.request import Request
 from moemerge.runner.rows import EffectiveRows
+from moemerge.runner.swapping import LoadingFailed
 from moemerge.runner.weights import WeightStore
 from tests.bundles import NAMES, open_engine, run, write_bundle
 from tests.coded import bits, low_rank, write_coded
@@ -330,7 +338,7 @@ def wide_coded(tmp_path_factory):
     return write_coded(source, folder / "x.moe", pool=[bits(4, 32)], residuals=[None, None, bits(2, 32)])
 
 
-FOUR_BITS = Form(4, 32, (64, 64), torch.bfloat16, CPU, is_base=False)
+FOUR_BITS = Form(4, 32, (64, 64), torch.bfloat16, CPU, by_rows=False)
 
 
 @pytest.mark.skipif(not can_arrange_int4(FOUR_BITS), reason="no int4 product")
@@ -359,7 +367,7 @@ def all_coded(tmp_path_factory):
     variants = open_variants({name: FolderRef(path) for name, path in tunes.items()})
     merge(variants, folder / "plain.moe", options_of("exact", None, within=False))
     pool = [bits(3, 32), bits(4, 64), bits(5, 64), bits(6, 32), bits(8), None]
-    residuals = [bits(1, 32), bits(2, 64), None, bits(3, 32), bits(4, 64), low_rank(2)]
+    residuals = [bits(1, 32), bits(2, 64), None, bits(3, 32), bits(4, 64), low_rank(2), bits(8), bits(5, 32)]
     source = open_bundle(folder / "plain.moe")
     return write_coded(source, folder / "x.moe", pool=pool, residuals=residuals)
 
@@ -375,12 +383,18 @@ def test_outputs_are_added_where_there_is_room_and_are_those_of_the_exported_exp
         load(store, name)
         pool.rows.install(name, store.residuals(name))
     x = torch.randn(num_tokens, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    unpacked = 0
     for layer in bundle.manifest.layers:
         for number, name in enumerate(names):
             for slot, row in enumerate(pool.rows.maps(layer.index)[number]):
                 expected = reference_output(bundle, name, layer.index, slot, x)
+                for target in pool._scratch.targets.values():
+                    target.fill_(math.nan)
                 output = pool.layers[layer.index].output(row, x).float()
                 torch.testing.assert_close(output, expected, **BF16_TOLERANCE)
+                unpacked += not pool._scratch.targets["down"].isnan().all()
+    if can_arrange_int4(FOUR_BITS):
+        assert (unpacked > 0) == (num_tokens == 100)
     store.verify_integrity(names)
 
 
@@ -394,21 +408,94 @@ def test_arranged_residuals_come_and_go_with_their_variant(all_coded):
     residuals = store.residuals(names[0])
     taken = sum(matrix.nbytes for parts in residuals.values() for matrix in parts.values())
     assert store.resident_bytes - taken == plain.resident_bytes - stored
-    mapped = {t.data_ptr() for file in store._mapped.values() for t in file.values()}
+    mapped = [(t.data_ptr(), t.data_ptr() + t.nbytes) for f in store._mapped.values() for t in f.values()]
     for parts in residuals.values():
         for matrix in parts.values():
-            if isinstance(matrix, PackedMatrix):
-                assert matrix.codes.data_ptr() not in mapped, "the file may change"
+            for tensor in tensors_of(matrix):
+                assert not any(begin <= tensor.data_ptr() < end for begin, end in mapped), "files may change"
+    store.verify_integrity([names[0]])
     load(store, names[1], [names[0]])
     store.verify_integrity([names[1]])
     load(store, names[0], [names[1]])
     store.verify_integrity([names[0]])
-    assert store.arranged_bytes(Room.FOUR_BITS) == sum(
+    assert residual_bytes_of(all_coded, names, torch.bfloat16, CPU, Room.FOUR_BITS) == sum(
         matrix.nbytes
         for name in names
         for parts in fresh(all_coded, name).values()
         for matrix in parts.values()
     )
+
+
+def tensors_of(matrix):
+    """All tensors of a coded matrix."""
+    values = [getattr(matrix, field.name) for field in fields(matrix)]
+    return [
+        tensor
+        for value in values
+        for tensor in (
+            [value] if isinstance(value, torch.Tensor) else tensors_of(value) if is_dataclass(value) else []
+        )
+    ]
+
+
+def test_a_residual_file_that_became_shorter_is_an_error_and_nothing_is_held(all_coded, tmp_path):
+    copied = open_bundle(shutil.copytree(all_coded.folder, tmp_path / "x.moe"))
+    names = list(copied.manifest.variants)
+    store = WeightStore(copied, names, torch.bfloat16, CPU, room=Room.FOUR_BITS)
+    transfer = store.prepare(names[0])
+    file = next(
+        p.path
+        for parts in copied.residuals(names[0], 0)
+        if parts
+        for m in parts.values()
+        for p in m.places.values()
+    )
+    truncate(file, -100)
+    with pytest.raises(DamagedInput, match=file.name):
+        transfer.carry_out()
+    store.release(names[0])
+    assert store.resident_bytes == 0
+
+
+def test_variants_leave_and_come_back_with_the_same_answers(all_coded):
+    names = list(all_coded.manifest.variants)
+    requests = [
+        Request(
+            request_id=f"{name}{n}", variant=name, prompt_ids=(5 + n, 9, 11), max_tokens=6, ignore_stop=True
+        )
+        for n in range(3)
+        for name in names
+    ]
+    with closing(Engine(all_coded, EngineOptions(dtype="bfloat16"))) as engine:
+        before = answers_of(engine, requests)
+        engine.remove_variant(names[0])
+        assert answers_of(engine, [r for r in requests if r.variant != names[0]]).items() <= before.items()
+        engine.add_variant(names[0])
+        assert answers_of(engine, requests) == before
+        engine.verify_integrity()
+
+
+def answers_of(engine, requests):
+    found = {request.request_id: () for request in requests}
+    for output in engine.run(requests):
+        assert output.error is None
+        found[output.request_id] += tuple(output.token_ids)
+    return found
+
+
+def test_what_cannot_be_arranged_is_told_and_can_be_loaded_later(all_coded, monkeypatch):
+    names = list(all_coded.manifest.variants)
+    with closing(Engine(all_coded, EngineOptions(dtype="bfloat16", variants=tuple(names[:2])))) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(transfer_module, "arrange", fail)
+            with pytest.raises(LoadingFailed, match="no memory"):
+                engine.ensure_resident(names[0])
+        engine.ensure_resident(names[0])
+        engine.verify_integrity()
+
+
+def fail(*args, **options):
+    raise RuntimeError("no memory")
 
 
 def fresh(bundle, name):
@@ -430,7 +517,12 @@ def fresh(bundle, name):
 def test_room_is_there_when_everything_stays_and_no_limit_is_set(options, room, all_coded):
     if not can_arrange_int4(FOUR_BITS):
         pytest.skip("no int4 product")
-    memory = DeviceMemory(
-        all_coded, EngineOptions(**{"dtype": "bfloat16", **options}), list(all_coded.manifest.variants)
-    )
-    assert memory.store.room == room
+    asked = EngineOptions(**{"dtype": "bfloat16", **options})
+    dtype = choose_dtype(all_coded, asked.dtype, CPU)
+    assert choose_room(asked, all_coded, list(all_coded.manifest.variants), dtype, CPU) == room
+
+
+def test_there_is_no_room_when_little_memory_is_free(all_coded, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    names, asked = list(all_coded.manifest.variants), EngineOptions(dtype="bfloat16")
+    assert choose_room(asked, all_coded, names, torch.bfloat16, CPU) == Room.SOME
