@@ -1,14 +1,17 @@
 """Calibrating, planning and merging generated variants in one go: time of every phase, and peak memory.
 
 python benchmarks/consolidation.py FOLDER [--shape mix-L] [--variants 3] [--tokens 65536] [--max-ram 8GiB]
+    [--dtype bfloat16]
 
 Generates what FOLDER lacks: variants that stand a tenth of their norm from each other, and a text of random
-words for each. Then runs `moemerge merge --budget 1x --text ... --verbose` and prints what it logged.
+words for each. Then runs `moemerge calibrate` and `moemerge merge --budget 1x` with `--verbose`, and prints
+what they logged.
 """
 
 import argparse
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--variants", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--max-ram", default="8GiB")
+    parser.add_argument("--dtype", default="bfloat16", help="of calibration")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     shape = find_shape(arguments.shape)
@@ -55,14 +59,27 @@ def main() -> None:
         write_inputs(arguments.folder, shape, number, arguments.tokens)
         for number in range(arguments.variants)
     ]
-    out = arguments.folder / "out.moe"
-    shutil.rmtree(out, ignore_errors=True)
-    words = [word for _, text in pairs for word in ("--text", text)]
-    command = [
-        sys.executable, "-m", "moemerge", "--verbose", "merge", *(source for source, _ in pairs), *words,
-        "--tokens", str(arguments.tokens), "--budget", "1x", "--max-ram", arguments.max_ram, "-o", str(out),
-        "--restart",
-    ]  # fmt: skip
+    out, calibration = arguments.folder / "out.moe", arguments.folder / "calibration"
+    for made in (out, calibration):
+        shutil.rmtree(made, ignore_errors=True)
+    sources, words = [source for source, _ in pairs], [w for _, text in pairs for w in ("--text", text)]
+    limit = ["--max-ram", arguments.max_ram]
+    options = ["--tokens", str(arguments.tokens), "--dtype", arguments.dtype]
+    begin = time.perf_counter()
+    usages = [
+        _run("calibrate", *sources, *words, *options, *limit, "-o", str(calibration)),
+        _run("merge", *sources, "--calibration", str(calibration), "--budget", "1x", *limit, "-o", str(out)),
+    ]
+    processor_s = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    print(f"{time.perf_counter() - begin:8.1f} s  in all, {processor_s:.1f} s of processor")
+    peak = max(usage.ru_maxrss for usage in usages) * 1024
+    print(f"peak memory {format_size(peak)}, --max-ram {arguments.max_ram}")
+    print(f"load average at the end {os.getloadavg()[0]:.1f}")
+
+
+def _run(*arguments: str) -> resource.struct_rusage:
+    """A command, the time of whose phases is printed."""
+    command = [sys.executable, "-m", "moemerge", "--verbose", *arguments]
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log, output = _read(process)
@@ -72,12 +89,8 @@ def main() -> None:
     for line in log.splitlines():
         if found := PHASE.search(line):
             print(f"{float(found[2]):8.1f} s  {found[1].rpartition('info: ')[2]}")
-    print(
-        f"{time.perf_counter() - begin:8.1f} s  in all, {usage.ru_utime + usage.ru_stime:.1f} s of processor"
-    )
-    print(f"peak memory {format_size(usage.ru_maxrss * 1024)}, --max-ram {arguments.max_ram}")
-    print(f"load average at the end {os.getloadavg()[0]:.1f}")
-    print(output)
+    print(f"{time.perf_counter() - begin:8.1f} s  {arguments[0]}\n{output}", flush=True)
+    return usage
 
 
 def _read(process: subprocess.Popen[str]) -> tuple[str, str]:

@@ -143,13 +143,23 @@ class _DisturbedExperts:
         """See `Experts.product`."""
         output_TD = self._own.product(layer_index, hidden_TD, route)
         each = len(hidden_TD) // (1 + len(self._lanes))
-        for number, lane in enumerate(self._lanes):
-            if lane.layer_index in (None, layer_index):
-                rows = slice((number + 1) * each, (number + 2) * each)
-                routed = Route(route.slots_TK[rows], route.gates_TK[rows])
-                disturbed_TD = self._others[lane.size].product(layer_index, hidden_TD[rows], routed)
-                self._count(number, layer_index, output_TD[rows].double(), disturbed_TD)
-                output_TD[rows] = disturbed_TD
+        # Disturbed experts are drawn anew each time: once for all lanes that want the same.
+        for size, others in self._others.items():
+            lanes = [
+                number
+                for number, lane in enumerate(self._lanes)
+                if lane.size == size and lane.layer_index in (None, layer_index)
+            ]
+            rows = [slice((number + 1) * each, (number + 2) * each) for number in lanes]
+            if not rows:
+                continue
+            inputs_TD = torch.cat([hidden_TD[own] for own in rows])
+            slots_TK = torch.cat([route.slots_TK[own] for own in rows])
+            gates_TK = torch.cat([route.gates_TK[own] for own in rows])
+            disturbed_TD = others.product(layer_index, inputs_TD, Route(slots_TK, gates_TK))
+            for number, own, found_TD in zip(lanes, rows, disturbed_TD.split(each), strict=True):
+                self._count(number, layer_index, output_TD[own].double(), found_TD)
+                output_TD[own] = found_TD
         return output_TD
 
     def _count(self, number: int, layer_index: int, own_TD: Tensor, disturbed_TD: Tensor) -> None:
