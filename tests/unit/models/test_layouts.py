@@ -87,6 +87,16 @@ def test_a_coded_product_is_near_that_of_the_entries(number, group, kind, num_ro
 
 
 @needs_int4
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (128, 64)])
+def test_the_smallest_matrices_are_multiplied_too(shape, number):
+    held = arrange(quantise(random_matrix(*shape), number, 64), BF16, Room.FOUR_BITS, by_rows=True)
+    hidden = random_matrix(3, shape[1], seed=2).to(BF16)
+    exact = hidden.double() @ held.dense().double().T
+    assert float((multiply(hidden, held).double() - exact).norm() / exact.norm()) < 2**-6
+
+
+@needs_int4
 @pytest.mark.parametrize("num_rows", [1, 5, 40])
 @pytest.mark.parametrize("number", [3, 4, 6])
 @pytest.mark.parametrize("residual", [quantise(random_matrix(192, 512, seed=3), 2, 64), LOW_RANK])
