@@ -157,7 +157,7 @@ class _DisturbedExperts:
             slots_TK = torch.cat([route.slots_TK[own] for own in rows])
             gates_TK = torch.cat([route.gates_TK[own] for own in rows])
             disturbed_TD = others.product(layer_index, inputs_TD, Route(slots_TK, gates_TK))
-            for number, own, found_TD in zip(lanes, rows, disturbed_TD.split(each), strict=True):
+            for number, own, found_TD in zip(lanes, rows, torch.split(disturbed_TD, each), strict=True):
                 self._count(number, layer_index, output_TD[own].double(), found_TD)
                 output_TD[own] = found_TD
         return output_TD
