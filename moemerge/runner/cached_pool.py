@@ -17,7 +17,7 @@ from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TORCH_DTYPES, require_mapped
 from moemerge.errors import DamagedBundle, NotEnoughRoom
 from moemerge.models import Activation, PlainPoolLayer, PoolLayer
-from moemerge.models.layouts import Room, arrange
+from moemerge.models.arranging import Room, arrange
 from moemerge.models.packed import Coded, Matrix, PackedMatrix
 from moemerge.runner.rows import (
     EffectiveRows,

@@ -10,8 +10,8 @@ import torch
 from moemerge.bundle.reader import Bundle
 from moemerge.checkpoint.sizes import format_size
 from moemerge.errors import InvalidRecipe, NotEnoughRoom
+from moemerge.models.arranging import Room
 from moemerge.models.geometry import CacheGeometry, cache_geometry
-from moemerge.models.layouts import Room
 from moemerge.models.products import can_pack
 from moemerge.progress import Progress
 from moemerge.runner.blocks import BlockPool

@@ -15,7 +15,7 @@ from moemerge.bundle.manifest import PoolLayer as StoredLayer
 from moemerge.bundle.reader import Bundle, PoolParts
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.models import PlainPoolLayer, PoolLayer
-from moemerge.models.layouts import Form, Room, arrange, arranged_bytes
+from moemerge.models.arranging import Form, Room, arrange, arranged_bytes
 from moemerge.models.packed import Coded, Matrix, PackedMatrix
 from moemerge.models.products import can_pack, pack
 from moemerge.progress import Progress, Silent

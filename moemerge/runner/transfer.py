@@ -13,7 +13,7 @@ from torch import Tensor
 from moemerge.bundle.coded import StoredResidual
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import require_mapped
-from moemerge.models.layouts import Room, arrange
+from moemerge.models.arranging import Room, arrange
 from moemerge.models.packed import Coded, LowRank, Residual
 from moemerge.models.products import pack
 

@@ -18,7 +18,7 @@ from moemerge.bundle.reader import Bundle, ResidualParts
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TORCH_DTYPES, map_tensors, require_mapped
 from moemerge.errors import DamagedBundle
-from moemerge.models.layouts import Room
+from moemerge.models.arranging import Room
 from moemerge.models.packed import Residual
 from moemerge.models.products import can_pack
 from moemerge.models.weights import is_only_multiplied

@@ -4,20 +4,16 @@ import pytest
 import torch
 
 from moemerge.models import multiply
-from moemerge.models.layouts import (
+from moemerge.models.arranging import (
     Form,
-    Int4Matrix,
-    Int4Planes,
-    Int8Blocks,
-    Int8Matrix,
     Room,
-    Summed,
     arrange,
     arranged_bytes,
     can_arrange_int4,
     can_multiply_blocks,
     can_multiply_int8,
 )
+from moemerge.models.layouts import Int4Matrix, Int4Planes, Int8Blocks, Int8Matrix, Summed
 from moemerge.models.packed import PackedMatrix, effective
 from tests.coded import code, low_rank, quantise, random_matrix
 

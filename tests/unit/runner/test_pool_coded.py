@@ -19,7 +19,8 @@ from moemerge.checkpoint.variants import open_variants
 from moemerge.consolidation.pipeline import merge
 from moemerge.consolidation.task import options_of
 from moemerge.errors import DamagedBundle, DamagedInput, NotEnoughRoom
-from moemerge.models.layouts import Form, Int4Matrix, Int8Blocks, Int8Matrix, Room, can_arrange_int4
+from moemerge.models.arranging import Form, Room, can_arrange_int4
+from moemerge.models.layouts import Int4Matrix, Int8Blocks, Int8Matrix
 from moemerge.models.packed import PackedMatrix
 from moemerge.refs import FolderRef
 from moemerge.runner import transfer as transfer_module
