@@ -23,13 +23,13 @@ class Size:
     expert_width: int = 192
     window: int = 256
     batch: int = 16
-    pretraining: int = 500
+    pretraining: int = 1500
     domain: int = 150
-    chat: int = 100
-    format: int = 150
+    chat: int = 200
+    format: int = 500
     preference: int = 40
     preference_batch: int = 16
-    reinforcement: int = 50
+    reinforcement: int = 200
     prompts: int = 16
     answers: int = 8
     questions: int = 256
