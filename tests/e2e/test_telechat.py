@@ -75,6 +75,7 @@ def test_bundle_of_three_serves_mixed_batches_as_its_exports(budget, trio, tmp_p
         )
         for name, text in texts.items()
     ]
+    engine.preload()
     answers = run(engine, *requests)
     assert engine.snapshot().steps.mixed > 0
     engine.close()

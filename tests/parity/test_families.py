@@ -237,6 +237,7 @@ def check_answers(bundle, folders):
         for length in (1, 9, 13)
         for name in NAMES
     ]
+    engine.preload()
     answers = run(engine, *requests)
     assert engine.snapshot().steps.mixed > 0
     engine.close()

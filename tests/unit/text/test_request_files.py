@@ -102,6 +102,7 @@ def test_lines_run_together_and_few_are_held(engine, tmp_path, monkeypatch):
     monkeypatch.setattr("moemerge.text.request_files._MAX_UNWRITTEN", 6)
     long_one = {**LINES[0], "max_tokens": 60, "ignore_stop": True, "temperature": 0.0}
     source = write_lines(tmp_path / "requests.jsonl", [long_one, *LINES])
+    engine.preload()
     before = engine.snapshot().steps
     run(engine, source, tmp_path / "results.jsonl")
     steps = engine.snapshot().steps
