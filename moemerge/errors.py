@@ -24,9 +24,14 @@ A bug is not a `MoemergeError`: it keeps its traceback. Knows nothing of the res
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 Level = Literal["error", "warning", "note"]
+PYDANTIC_PREFIX = "Value error, "
+"""Before what our own validators say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +170,14 @@ class Overloaded(ServingError):
 
 class Stopping(ServingError):
     """The engine finishes what it has and takes nothing new."""
+
+
+def first_problem(error: "ValidationError") -> str:
+    """The first thing that is wrong with a file's values: its place, if it has one, and what is wrong."""
+    problem = error.errors()[0]
+    place = ".".join(map(str, problem["loc"]))
+    said = problem["msg"].removeprefix(PYDANTIC_PREFIX)
+    return f"{place}: {said}" if place else said
 
 
 def raise_findings(findings: Sequence[Finding], subject: str) -> None:

@@ -9,7 +9,7 @@ from moemerge.bench.machine import Load, Memory
 from moemerge.bench.metrics import Latencies
 from moemerge.bench.worker import Counts
 from moemerge.checkpoint.writer import write_text
-from moemerge.errors import InvalidRecipe, NotFound
+from moemerge.errors import InvalidRecipe, NotFound, first_problem
 
 
 class _Part(BaseModel):
@@ -177,6 +177,4 @@ def read_report(path: Path) -> Report:
     except FileNotFoundError as error:
         raise NotFound(f"{path}: no such result") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise InvalidRecipe(f"{path}: not a benchmark result ({place}: {problem['msg']})") from error
+        raise InvalidRecipe(f"{path}: not a benchmark result ({first_problem(error)})") from error

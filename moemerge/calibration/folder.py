@@ -25,6 +25,7 @@ from moemerge.errors import (
     InvalidRecipe,
     NotFound,
     UnsupportedCheckpoint,
+    first_problem,
 )
 
 SCHEMA = "moemerge/calibration@1"
@@ -169,8 +170,7 @@ def open_calibration(folder: Path) -> Calibration:
     try:
         index = CalibrationIndex.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise DamagedInput(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        raise DamagedInput(f"{path}: {first_problem(error)}") from error
     if index.schema_ != SCHEMA:
         raise UnsupportedCheckpoint(f"{path}: schema {index.schema_!r}, this moemerge reads {SCHEMA}")
     return Calibration(folder, index)

@@ -12,7 +12,7 @@ import typer
 
 from moemerge.cli.command import Terminated, hint, print_failure, stop_code, wants_json
 from moemerge.cli.streams import forget_output, is_output_stuck, open_closed_streams
-from moemerge.errors import Finding
+from moemerge.errors import PYDANTIC_PREFIX, Finding
 
 _INTERNAL_CODE, _USAGE_CODE, _OUTPUT_CODE = 1, 2, 7
 # Typer names only one kind of usage error; its base class stands for all of them.
@@ -55,6 +55,7 @@ def _run(app: typer.Typer, words: list[str]) -> int:
             _print_problem(name, stop_code(stop), "Interrupted", "stopped before the command began")
         return stop_code(stop)
     except _UsageError as error:
+        error.message = error.message.removeprefix(PYDANTIC_PREFIX)  # type: ignore[attr-defined]
         if as_json:
             _print_problem(name, _USAGE_CODE, "Usage", error.format_message())  # type: ignore[attr-defined]
         else:

@@ -9,7 +9,7 @@ from moemerge.bundle.manifest import CodeSpec, RelativeError, VariantName, map_b
 from moemerge.bundle.target import check_writable, writing
 from moemerge.checkpoint.writer import write_text
 from moemerge.consolidation.operators import OPERATORS
-from moemerge.errors import InvalidRecipe, NotFound
+from moemerge.errors import InvalidRecipe, NotFound, first_problem
 
 Member = tuple[str, int]
 
@@ -223,10 +223,6 @@ def read_plan(path: Path) -> ConsolidationPlan:
     except OSError as error:
         raise InvalidRecipe(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'plan'}: {problem['msg']}"
-            for problem in error.errors()[:3]
-        )
         raise InvalidRecipe(
-            f"{path}: not a consolidation plan ({problems}). Make it with `moemerge plan`"
+            f"{path}: not a consolidation plan ({first_problem(error)}). Make it with `moemerge plan`"
         ) from error

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from moemerge.bundle.manifest import CodeSpec, FiniteFloat, RelativeError
 from moemerge.checkpoint.headers import read_header
-from moemerge.errors import DamagedInput, NotFound, UnsupportedCheckpoint
+from moemerge.errors import DamagedInput, NotFound, UnsupportedCheckpoint, first_problem
 
 MAX_JSON_BYTES = 256 * 2**20
 MAX_LAYERS = 100_000
@@ -165,10 +165,8 @@ def read_json(path: Path, kind: type[Kind]) -> Kind:
     except OSError as error:
         raise DamagedInput(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        message = f"{path}: {place + ': ' if place else ''}{problem['msg']}"
-        if place == "schema":
+        message = f"{path}: {first_problem(error)}"
+        if error.errors()[0]["loc"] == ("schema",):
             raise UnsupportedCheckpoint(f"{message}. Was it written by another moemerge?") from error
         raise DamagedInput(message) from error
 
