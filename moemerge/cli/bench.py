@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moemerge.cli.command import JsonOption, QuietOption, hint, print_json
-from moemerge.cli.engine import use_huge_pages
 from moemerge.cli.progress import show_progress
 from moemerge.cli.tables import print_table
+from moemerge.runner.pages import use_huge_pages
 
 if TYPE_CHECKING:
     from moemerge.bench.report import Report

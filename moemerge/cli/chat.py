@@ -20,7 +20,6 @@ from moemerge.cli.engine import (
     check_resident,
     load_engine,
     open_with_files,
-    use_huge_pages,
 )
 from moemerge.cli.sampling import (
     MinPOption,
@@ -33,6 +32,7 @@ from moemerge.cli.sampling import (
     given,
 )
 from moemerge.errors import InvalidRecipe, MoemergeError
+from moemerge.runner.pages import use_huge_pages
 
 if TYPE_CHECKING:
     from moemerge.text.answers import Answer

@@ -24,14 +24,6 @@ DtypeOption = Annotated[str, typer.Option("--dtype", help="auto (as stored), flo
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.", envvar="MOEMERGE_DEVICE")]
 
 
-def use_huge_pages() -> None:
-    """Let torch ask for huge pages for large tensors, which are then read faster.
-
-    It looks at the variable when it first allocates memory, so this comes first. A user's setting counts.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def check_resident(text: str) -> str:
     """The text of `--resident`, if it can be.
 

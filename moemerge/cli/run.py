@@ -18,7 +18,6 @@ from moemerge.cli.engine import (
     check_resident,
     load_engine,
     open_with_files,
-    use_huge_pages,
 )
 from moemerge.cli.progress import FIRST_SECONDS, PLAIN_SECONDS
 from moemerge.cli.sampling import (
@@ -32,6 +31,7 @@ from moemerge.cli.sampling import (
     given,
 )
 from moemerge.errors import ServingError
+from moemerge.runner.pages import use_huge_pages
 
 if TYPE_CHECKING:
     from moemerge.runner.options import EngineOptions

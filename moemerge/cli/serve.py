@@ -21,9 +21,9 @@ from moemerge.cli.engine import (
     load_engine,
     open_with_files,
     size_of,
-    use_huge_pages,
 )
 from moemerge.errors import InvalidRecipe, NotFound
+from moemerge.runner.pages import use_huge_pages
 
 if TYPE_CHECKING:
     from moemerge.server.program import Ready

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,9 @@ def _application(folder: Path, options: DeployOptions) -> serve.Application:
         graceful_shutdown_timeout_s=_DRAIN_S,
         ray_actor_options={"num_cpus": 0},
     )
-    bound = replicas.bind(str(folder), version, options.engine, options.threads)
+    # All replicas may come to one node.
+    engine = replace(options.engine, memory_share=options.engine.memory_share / options.max_replicas)
+    bound = replicas.bind(str(folder), version, engine, options.threads)
     max_batch = options.engine.max_batch * options.max_replicas
     application: serve.Application = front.bind(
         bound, str(folder), version, max_batch, options.max_queue, options.api_keys

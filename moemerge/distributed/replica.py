@@ -19,6 +19,7 @@ from moemerge.runner.engine import Engine
 from moemerge.runner.intake import VariantLimits
 from moemerge.runner.metrics import Snapshot
 from moemerge.runner.options import EngineOptions
+from moemerge.runner.pages import use_huge_pages
 from moemerge.runner.request import FinishReason, Output, Request
 from moemerge.runner.service import EngineService
 
@@ -67,6 +68,7 @@ class Replica:
     """
 
     def __init__(self, folder: str, version: str, options: EngineOptions, threads: int) -> None:
+        use_huge_pages()
         torch.set_num_threads(threads)
         self._bundle = open_bundle(Path(folder))
         engine = Engine(self._bundle, options)

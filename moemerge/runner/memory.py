@@ -75,7 +75,7 @@ def plan_memory(
     block_bytes = geometry.block_bytes(store.dtype)
     cache_bytes = options.cache_memory
     if cache_bytes is None:
-        available = psutil.virtual_memory().available if memory is None else memory
+        available = _free_bytes(options) if memory is None else memory
         full = options.max_batch * (-(-(context_tokens or 4096) // options.block_tokens)) * block_bytes
         cache_bytes = min(full, max(int(available * _CACHE_SHARE), block_bytes))
     elif memory is None and cache_bytes > psutil.virtual_memory().available:
@@ -118,7 +118,11 @@ def choose_room(
         return Room.SOME
     room = Room.FOUR_BITS
     experts = pool_bytes(bundle, dtype, device, room) + residual_bytes(bundle, variants, dtype, device, room)
-    return room if experts <= _FREE_SHARE * psutil.virtual_memory().available else Room.SOME
+    return room if experts <= _FREE_SHARE * _free_bytes(options) else Room.SOME
+
+
+def _free_bytes(options: EngineOptions) -> int:
+    return int(options.memory_share * psutil.virtual_memory().available)
 
 
 class DeviceMemory:

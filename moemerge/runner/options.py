@@ -31,6 +31,7 @@ class EngineOptions:
         device_memory: Bytes for pool, residents and key/value cache together; None for what there is.
         cache_memory: Bytes of the key/value cache; None for an eighth of the memory there is, at most what
             `max_batch` sequences of full length take.
+        memory_share: Of the CPU's free memory, what the engine may plan with: others may run beside it.
         block_tokens: Tokens per block of the cache.
         pack: Whether plain matrices that stay in memory, of the pool and with `all` of residents, may take
             the blocked layout of the CPU's matrix kernels.
@@ -46,6 +47,7 @@ class EngineOptions:
     policy: str = "mixed"
     device_memory: int | None = None
     cache_memory: int | None = None
+    memory_share: float = 1.0
     block_tokens: int = 16
     pack: bool = True
     max_batch: int = 64
@@ -64,6 +66,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRecipe(f"{name.replace('_', ' ')} is {value} bytes, expected more")
+        if not 0 < self.memory_share <= 1:
+            raise InvalidRecipe(f"memory share is {self.memory_share}, expected more than 0 and at most 1")
         self.chosen_policy()
         self.limits()
         self.patience()

@@ -60,9 +60,9 @@ def test_missing_file_is_a_damaged_bundle_everywhere(command, lost, mini_bundle,
 
 
 _ALLOCATE = """
-from moemerge.cli.engine import use_huge_pages
-use_huge_pages()
 import torch
+from moemerge.runner.pages import use_huge_pages
+use_huge_pages()
 memory = torch.ones(2**23)
 flags, begin, end = [], 0, 0
 for line in open("/proc/self/smaps"):

@@ -511,6 +511,7 @@ def fresh(bundle, name):
         ({}, Room.FOUR_BITS),
         ({"resident": "1"}, Room.SOME),
         ({"device_memory": 2**30}, Room.SOME),
+        ({"memory_share": 1e-9}, Room.SOME),
         ({"pack": False}, Room.FOUR_BITS),
         ({"dtype": "float32"}, Room.SOME),
     ],
