@@ -42,7 +42,8 @@ from moemerge.progress import Progress, Silent
 
 # What a base is compared on, and what layers are disturbed on, spread over the text.
 _COMPARED_TOKENS, _DISTURBED_TOKENS = 8192, 2048
-_DIGITS = 6
+_DIGITS = 4
+"""Of what damage costs: more than so little text tells, and the same with any number of threads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,13 @@ from moemerge.calibration.texts import Passage
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
-from moemerge.models import Route, build_model
+from moemerge.models import Experts, Route, build_model
 from moemerge.progress import Progress, Silent
-from moemerge.similarity.threads import one_thread
 
-_MUCH, _LITTLE = 0.1, 0.02
-"""Of every matrix, over the root mean square of its entries: about what four bits do to it, and six."""
+_SIZE = 0.1
+"""Of the disturbance of a matrix, over the root mean square of its entries: about what four bits do to it."""
+_MUCH, _LITTLE = 1.0, 0.2
+"""How much of what that does to an expert's output: all of it, and about what six bits do."""
 _EXPONENTS = (0.4, 1.0)
 """A loss grows with the square root of damage when tokens change experts, with damage when they do not."""
 
@@ -58,7 +59,6 @@ class Response(NamedTuple):
         return self.scale * weighted_damage**self.exponent if weighted_damage > 0 else 0.0
 
 
-@one_thread()
 def measure_sensitivity(
     checkpoint: Checkpoint,
     passages: Sequence[Passage],
@@ -111,10 +111,10 @@ def _response(weighted: Sequence[float], nats: Sequence[float]) -> Response:
 
 
 class _Lane(NamedTuple):
-    """Which layer is disturbed, None for all, and how much."""
+    """Which layer is disturbed, None for all, and with how much of the disturbance."""
 
     layer_index: int | None
-    size: float
+    share: float
 
 
 class _DisturbedExperts:
@@ -126,10 +126,8 @@ class _DisturbedExperts:
         ).config.activation
         self._own = StreamedExperts(source, activation, {}, 0, None)
         self._lanes = lanes
-        self._others = {
-            size: StreamedExperts(_DisturbedSource(source, size, seed), activation, {}, 0, None)
-            for size in {lane.size for lane in lanes}
-        }
+        self._disturbed = StreamedExperts(_DisturbedSource(source, seed), activation, {}, 0, None)
+        self._first = source.checkpoint.routed_layers[0].index
         self._squares: list[dict[int, Tensor]] = [{} for _ in lanes]
 
     def damage(self) -> list[dict[int, float]]:
@@ -141,26 +139,23 @@ class _DisturbedExperts:
 
     def product(self, layer_index: int, hidden_TD: Tensor, route: Route) -> Tensor:
         """See `Experts.product`."""
-        output_TD = self._own.product(layer_index, hidden_TD, route)
-        each = len(hidden_TD) // (1 + len(self._lanes))
-        # Disturbed experts are drawn anew each time: once for all lanes that want the same.
-        for size, others in self._others.items():
-            lanes = [
-                number
-                for number, lane in enumerate(self._lanes)
-                if lane.size == size and lane.layer_index in (None, layer_index)
-            ]
-            rows = [slice((number + 1) * each, (number + 2) * each) for number in lanes]
-            if not rows:
-                continue
-            inputs_TD = torch.cat([hidden_TD[own] for own in rows])
-            slots_TK = torch.cat([route.slots_TK[own] for own in rows])
-            gates_TK = torch.cat([route.gates_TK[own] for own in rows])
-            disturbed_TD = others.product(layer_index, inputs_TD, Route(slots_TK, gates_TK))
-            for number, own, found_TD in zip(lanes, rows, torch.split(disturbed_TD, each), strict=True):
-                self._count(number, layer_index, output_TD[own].double(), found_TD)
-                output_TD[own] = found_TD
-        return output_TD
+        lanes = range(1 + len(self._lanes))
+        # Up to its own layer a lane is what the first one is: computed once for all of them.
+        apart = [0, *(number for number in lanes[1:] if self._is_apart(number, layer_index))]
+        own = _product(self._own, layer_index, apart, hidden_TD, route, len(lanes))
+        outputs = [own[number if number in own else 0] for number in lanes]
+        numbers = [n for n in lanes[1:] if self._lanes[n - 1].layer_index in (None, layer_index)]
+        found = _product(self._disturbed, layer_index, numbers, hidden_TD, route, len(lanes))
+        for number, disturbed_TD in found.items():
+            own_TD = outputs[number]
+            outputs[number] = torch.lerp(own_TD, disturbed_TD, self._lanes[number - 1].share)
+            self._count(number - 1, layer_index, own_TD.double(), outputs[number])
+        return torch.cat(outputs)
+
+    def _is_apart(self, number: int, layer_index: int) -> bool:
+        """Whether what was disturbed in a lane before this layer makes it another than the first."""
+        disturbed = self._lanes[number - 1].layer_index
+        return layer_index > (self._first if disturbed is None else disturbed)
 
     def _count(self, number: int, layer_index: int, own_TD: Tensor, disturbed_TD: Tensor) -> None:
         squares = torch.stack(
@@ -170,14 +165,28 @@ class _DisturbedExperts:
         self._squares[number][layer_index] = before + squares
 
 
+def _product(
+    experts: Experts,
+    layer_index: int,
+    numbers: Sequence[int],
+    hidden_TD: Tensor,
+    route: Route,
+    num_lanes: int,
+) -> dict[int, Tensor]:
+    """What experts answer to some of the lanes that stand one after the other in a batch, by lane."""
+    parts = [torch.chunk(tensor, num_lanes) for tensor in (hidden_TD, *route)]
+    inputs_TD, slots_TK, gates_TK = (torch.cat([part[number] for number in numbers]) for part in parts)
+    output_TD = experts.product(layer_index, inputs_TD, Route(slots_TK, gates_TK))
+    return dict(zip(numbers, torch.chunk(output_TD, len(numbers)), strict=True))
+
+
 class _DisturbedSource:
     """`Source` whose experts are a little off, always in the same way."""
 
-    def __init__(self, source: CheckpointSource, size: float, seed: int) -> None:
+    def __init__(self, source: CheckpointSource, seed: int) -> None:
         self.checkpoint = source.checkpoint
         self.dtype = source.dtype
         self._source = source
-        self._size = size
         self._seed = seed
 
     def stored(self, role: str) -> Tensor:
@@ -191,7 +200,7 @@ class _DisturbedSource:
         return {
             part: matrix
             + torch.randn(matrix.shape, generator=generator).to(matrix.dtype)
-            * (self._size * matrix.float().square().mean(dim=-1).mean().sqrt())
+            * (_SIZE * matrix.float().square().mean(dim=-1).mean().sqrt())
             for part, matrix in self._source.expert(layer_index, slot).items()
         }
 

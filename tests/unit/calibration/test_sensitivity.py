@@ -7,7 +7,7 @@ from moemerge.calibration.lanes import Lane, lane_of, measure_lanes
 from moemerge.calibration.passages import Passages, read_passages, spread, write_passages
 from moemerge.calibration.passes import CalibrationOptions, mean_nll, measure_nll
 from moemerge.calibration.sensitivity import (
-    _MUCH,
+    _SIZE,
     Response,
     _DisturbedSource,
     _response,
@@ -34,7 +34,7 @@ class OneLayer(_DisturbedSource):
     """Disturbed in one layer alone, read by itself."""
 
     def __init__(self, source, layer_index):
-        super().__init__(source, _MUCH, OPTIONS.seed)
+        super().__init__(source, OPTIONS.seed)
         self.layer_index = layer_index
 
     def expert(self, layer_index, slot):
@@ -55,6 +55,20 @@ def test_each_layer_is_disturbed_by_itself(tiny):
             assert found.by_layer[layer.index] / expected == pytest.approx(
                 1 / damage_of(own, layer.index, passages), rel=0.05
             )
+
+
+def test_response_tells_what_a_little_in_all_layers_costs(tiny, monkeypatch):
+    """A fifth of the output's change stands for weights that are disturbed by a fifth."""
+    checkpoint, passages = tiny
+    found = measure_sensitivity(checkpoint, passages, OPTIONS)
+    monkeypatch.setattr("moemerge.calibration.sensitivity._SIZE", _SIZE / 5)
+    with TensorReader() as reader:
+        own = CheckpointSource(checkpoint, reader)
+        lanes = [lane_of(own), lane_of(_DisturbedSource(own, OPTIONS.seed))]
+        expected = measure_lanes(passages, lanes, OPTIONS)[1].kl
+        indices = [layer.index for layer in checkpoint.routed_layers]
+        weighted = sum(found.by_layer[index] * damage_of(own, index, passages) for index in indices)
+    assert found.response.nats(weighted) == pytest.approx(expected, rel=0.1)
 
 
 def damage_of(source, layer_index, passages):
@@ -124,10 +138,10 @@ def test_disturbance_is_the_same_every_time(tiny):
     checkpoint, _ = tiny
     layer = checkpoint.routed_layers[0].index
     with TensorReader() as reader:
-        source = _DisturbedSource(CheckpointSource(checkpoint, reader), _MUCH, 3)
+        source = _DisturbedSource(CheckpointSource(checkpoint, reader), 3)
         one, two = source.expert(layer, 0), source.expert(layer, 0)
         own = CheckpointSource(checkpoint, reader).expert(layer, 0)
     for part, matrix in own.items():
         assert torch.equal(one[part], two[part])
         size = (one[part] - matrix).square().mean().sqrt() / matrix.square().mean().sqrt()
-        assert float(size) == pytest.approx(_MUCH, rel=0.1)
+        assert float(size) == pytest.approx(_SIZE, rel=0.1)
