@@ -4,14 +4,21 @@ Whoever has work to do describes it and takes the results; only he writes journa
 work is.
 """
 
+import ctypes
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+import psutil
+
 from moemerge.progress import Progress
 
 Result = TypeVar("Result")
+# Of the free memory, when no limit is given.
+_FREE_SHARE = 0.7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +32,8 @@ class Work(Generic[Result]):
         reads: Files that must be there, with absolute paths.
         folder: Absolute path of the folder that it writes into.
         memory_bytes: Most that its process takes.
+        is_parallel: Whether one process may do others beside it: it computes little at a time, which many
+            threads do not make much faster, and tells nothing but advances.
     """
 
     title: str
@@ -32,6 +41,7 @@ class Work(Generic[Result]):
     reads: frozenset[Path]
     folder: Path
     memory_bytes: int
+    is_parallel: bool = False
 
 
 class Executor(Protocol):
@@ -51,9 +61,89 @@ class Executor(Protocol):
 
 
 class Local:
-    """Everything in this process, one unit after the other, each on all of torch's threads."""
+    """Everything in this process: parallel units side by side, others one by one on all of torch's threads.
+
+    Args:
+        max_ram: Bytes of memory that units side by side stay within; most of what is free by default.
+    """
+
+    def __init__(self, max_ram: int | None = None) -> None:
+        self._max_ram = max_ram
 
     def map(self, works: Sequence[Work[Result]], progress: Progress) -> Iterator[tuple[int, Result]]:
         """See `Executor.map`."""
+        workers = self._num_workers(works)
+        if workers > 1:
+            yield from _SideBySide(progress).map(works, workers)
+            return
         for number, work in enumerate(works):
             yield number, work.run(progress)
+
+    def _num_workers(self, works: Sequence[Work[Result]]) -> int:
+        import torch
+
+        if len(works) < 2 or not all(work.is_parallel for work in works):
+            return 1
+        limit = self._max_ram or int(_FREE_SHARE * psutil.virtual_memory().available)
+        room = limit // max(work.memory_bytes for work in works)
+        return min(len(works), torch.get_num_threads(), room)
+
+
+class _Stopped(BaseException):
+    """Raised inside a unit that nobody waits for any more."""
+
+
+class _SideBySide:
+    """Units of work on threads, each of which computes with its share of torch's.
+
+    Args:
+        progress: Told of advances, by one thread at a time.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._running: set[int] = set()
+
+    def map(self, works: Sequence[Work[Result]], num_workers: int) -> Iterator[tuple[int, Result]]:
+        """See `Executor.map`."""
+        import torch
+
+        threads = torch.get_num_threads()
+        own = max(1, threads // num_workers)
+        pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(own,))
+        try:
+            numbers = {pool.submit(self._run, work): number for number, work in enumerate(works)}
+            for done in as_completed(numbers):
+                yield numbers[done], done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._stop()
+            pool.shutdown()
+            torch.set_num_threads(threads)
+
+    def start(self, title: str, total_bytes: int) -> None:
+        """Never told: see `Work.is_parallel`."""
+        raise AssertionError("a unit beside others starts no task")
+
+    def advance(self, num_bytes: int) -> None:
+        """See `Progress.advance`."""
+        with self._lock:
+            self._progress.advance(num_bytes)
+
+    def _run(self, work: Work[Result]) -> Result:
+        thread = threading.get_ident()
+        with self._lock:
+            self._running.add(thread)
+        try:
+            return work.run(self)
+        finally:
+            with self._lock:
+                self._running.discard(thread)
+
+    def _stop(self) -> None:
+        """End what runs at its next step, as Ctrl-C ends what the main thread does."""
+        with self._lock:
+            for thread in self._running:
+                raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                raise_in(ctypes.c_ulong(thread), ctypes.py_object(_Stopped))

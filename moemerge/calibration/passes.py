@@ -38,7 +38,7 @@ from moemerge.models import (
 from moemerge.models.weights import HEAD_ROLES
 from moemerge.progress import Progress, Silent
 
-DEFAULT_TOKENS = 65536
+DEFAULT_TOKENS, DEFAULT_DTYPE = 65536, "float32"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The interpreter with torch and everything else that does not grow with the work.
 _FIXED_BYTES = 400 * 2**20
@@ -66,7 +66,7 @@ class CalibrationOptions:
     window: int = WINDOW_TOKENS
     reservoir: int = 1024
     seed: int = 0
-    dtype: str = "float32"
+    dtype: str = DEFAULT_DTYPE
     max_ram: int | None = None
 
     def __post_init__(self) -> None:
@@ -79,8 +79,17 @@ class CalibrationOptions:
             raise InvalidRecipe(
                 "calibration needs at least a token, windows of two, a reservoir of one, and a seed of 0"
             )
-        if self.dtype not in DTYPES:
-            raise InvalidRecipe(f"dtype {self.dtype!r}: expected {' or '.join(DTYPES)}")
+        check_dtype(self.dtype)
+
+
+def check_dtype(name: str) -> None:
+    """Refuse what nothing can be computed in.
+
+    Raises:
+        InvalidRecipe: Not a key of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise InvalidRecipe(f"dtype {name!r}: expected {' or '.join(DTYPES)}")
 
 
 def calibrate_variant(

@@ -16,7 +16,7 @@ from moemerge.cli.command import (
     print_findings,
     print_json,
 )
-from moemerge.cli.planning_options import CalibrationOption, TokensOption
+from moemerge.cli.planning_options import CalibrationOption, DtypeOption, TokensOption
 from moemerge.cli.progress import show_progress
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def add(
         Path | None, typer.Option("--text", metavar="FILE", help="Measure costs on this text of its own.")
     ] = None,
     tokens: TokensOption = None,
+    dtype: DtypeOption = None,
     calibration: CalibrationOption = None,
     base: BaseOption = None,
     max_ram: MaxRamOption = None,
@@ -94,7 +95,7 @@ def add(
         )
         if not quiet:
             print_findings(variants.findings)
-        evidence = EvidenceOptions.of([f"{name}={text}"] if text else None, tokens, calibration)
+        evidence = EvidenceOptions.of([f"{name}={text}"] if text else None, tokens, dtype, calibration)
         with open_statistics(
             variants, evidence, None, beside=origin.target, max_ram=memory, progress=progress, quiet=quiet
         ) as statistics:
@@ -118,6 +119,7 @@ def add(
         print_json("add", data, variants.findings)
         return
     _print_joined(joined, before.bytes_ratio)
+    typer.echo(f"Bundle: {out or bundle}")
 
 
 def _print_joined(joined: "Joined", ratio_before: float) -> None:
@@ -142,4 +144,3 @@ def _print_joined(joined: "Joined", ratio_before: float) -> None:
                 rungs[f"shared + {choice.residual}" if choice.residual else "shared"] += 1
     print_table(f"Slots of {plan.variant} by how they are stored", ["stored", "slots"], sorted(rungs.items()))
     typer.echo(f"Predicted loss, {loss_unit(plan.evidence)}: {plan.predicted_damage:.3g}")
-    typer.echo(f"Bundle: {joined.folder}")

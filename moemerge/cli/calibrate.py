@@ -70,7 +70,7 @@ def calibrate(
     memory = parse_max_ram(max_ram)
     options = CalibrationOptions(num_tokens=tokens, window=window, seed=seed, dtype=dtype, max_ram=memory)
     paths = parse_texts(text)
-    with open_executor(engine, address) as executor, show_progress(quiet=quiet) as progress:
+    with open_executor(engine, address, memory) as executor, show_progress(quiet=quiet) as progress:
         variants = open_sources(
             sources, base, progress, offline=offline, allow_pickle=allow_pickle, quiet=quiet
         )

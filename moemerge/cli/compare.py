@@ -86,7 +86,7 @@ def compare(
         check_plot(plot)
     budgets, chosen = parse_budgets(budget), parse_methods(methods)
     memory = parse_max_ram(max_ram)
-    with open_executor(engine, address) as executor, show_progress(quiet=quiet) as progress:
+    with open_executor(engine, address, memory) as executor, show_progress(quiet=quiet) as progress:
         variants = open_sources(
             sources, base, progress, offline=offline, allow_pickle=allow_pickle, quiet=quiet
         )

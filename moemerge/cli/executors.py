@@ -30,15 +30,15 @@ AddressOption = Annotated[
 
 
 @contextmanager
-def open_executor(engine: str, address: str | None) -> Iterator[Executor]:
-    """What `--engine` names, connected.
+def open_executor(engine: str, address: str | None, max_ram: int | None) -> Iterator[Executor]:
+    """What `--engine` names, connected; a local one stays within that many bytes of memory.
 
     Raises:
         InvalidRecipe: There is no such engine.
         NotFound, ClusterFailure, IncompatibleInputs: As `open_cluster`.
     """
     if engine == LOCAL:
-        yield Local()
+        yield Local(max_ram)
         return
     if engine != RAY:
         raise InvalidRecipe(f"--engine {engine!r}, expected {LOCAL} or {RAY}")

@@ -103,7 +103,7 @@ def open_statistics(
         yield TextStatistics(opened, names)
         return
     with _calibration_folder(beside) as folder:
-        options = CalibrationOptions(num_tokens=evidence.tokens, max_ram=max_ram)
+        options = CalibrationOptions(num_tokens=evidence.tokens, dtype=evidence.dtype, max_ram=max_ram)
         done = calibrate(variants, parse_texts(evidence.texts), folder, options, progress, executor)
         if not quiet:
             print_findings(done.findings)

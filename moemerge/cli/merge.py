@@ -20,6 +20,7 @@ from moemerge.cli.plan_report import print_plan
 from moemerge.cli.planning_options import (
     BudgetOption,
     CalibrationOption,
+    DtypeOption,
     EvidenceTextOption,
     FitBatchOption,
     FitOption,
@@ -49,6 +50,7 @@ def merge(
     fit_tokens: FitTokensOption = None,
     text: EvidenceTextOption = None,
     tokens: TokensOption = None,
+    dtype: DtypeOption = None,
     calibration: CalibrationOption = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Carry out a plan made before.")
@@ -116,13 +118,13 @@ def merge(
         ),
         policy=policy,
         within=within,
-        evidence=EvidenceOptions.of(text, tokens, calibration),
+        evidence=EvidenceOptions.of(text, tokens, dtype, calibration),
         repair=asked,
         plan=plan,
         recipe=recipe,
     )
     memory = parse_max_ram(max_ram or task.max_ram)
-    with open_executor(engine, address) as executor, show_progress(quiet=quiet) as progress:
+    with open_executor(engine, address, memory) as executor, show_progress(quiet=quiet) as progress:
         variants = open_sources(
             task.sources, task.base, progress, offline=offline, allow_pickle=allow_pickle, quiet=quiet
         )

@@ -21,6 +21,7 @@ from moemerge.cli.plan_report import print_checkpoints, print_estimates, print_p
 from moemerge.cli.planning_options import (
     BudgetOption,
     CalibrationOption,
+    DtypeOption,
     EvidenceTextOption,
     FitBatchOption,
     FitOption,
@@ -45,6 +46,7 @@ def plan(
     fit_tokens: FitTokensOption = None,
     text: EvidenceTextOption = None,
     tokens: TokensOption = None,
+    dtype: DtypeOption = None,
     calibration: CalibrationOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Plan to write.")] = None,
     policy: PolicyOption = None,
@@ -75,7 +77,7 @@ def plan(
     limits = Limits(
         budget=budget, fit=fit, fit_batch=fit_batch, fit_tokens=fit_tokens, quality=quality, floor=floor
     )
-    evidence = EvidenceOptions.of(text, tokens, calibration)
+    evidence = EvidenceOptions.of(text, tokens, dtype, calibration)
     if not limits.is_given and (out or policy or within or evidence.is_given):
         raise InvalidRecipe(
             "--out, --policy, --within, --text and --calibration need a --budget (or --fit, --quality, "
@@ -88,7 +90,7 @@ def plan(
         check_plan_target(out)
     beside = out if engine != LOCAL else None
     memory = parse_max_ram(max_ram)
-    with open_executor(engine, address) as executor, show_progress(quiet=quiet) as progress:
+    with open_executor(engine, address, memory) as executor, show_progress(quiet=quiet) as progress:
         variants = open_sources(
             sources,
             base,

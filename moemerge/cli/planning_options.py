@@ -56,6 +56,14 @@ TokensOption = Annotated[
     int | None,
     typer.Option("--tokens", metavar="N", min=1, help="Most tokens of each --text to use (65536)."),
 ]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="D",
+        help="Of the computation on --text: float32, or bfloat16 where that is fast (float32).",
+    ),
+]
 WithinOption = Annotated[
     bool, typer.Option("--within", help="Let experts of one variant share, too (policy cluster).")
 ]

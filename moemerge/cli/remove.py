@@ -48,4 +48,4 @@ def remove(
         f"{variant} leaves {format_size(left.freed_bytes)} of expert bytes: {before.bytes_ratio:.3f} -> "
         f"{after.bytes_ratio:.3f} x one variant. Left: {', '.join(after.variants)}"
     )
-    typer.echo(f"Bundle: {left.folder}")
+    typer.echo(f"Bundle: {out or bundle}")

@@ -44,7 +44,7 @@ def similarity(
 
     check_target(out)
     memory = parse_max_ram(max_ram)
-    with open_executor(engine, address) as executor, show_progress(quiet=quiet) as progress:
+    with open_executor(engine, address, memory) as executor, show_progress(quiet=quiet) as progress:
         variants = open_sources(
             sources, base, progress, offline=offline, allow_pickle=allow_pickle, quiet=quiet
         )

@@ -202,6 +202,7 @@ def _cost_work(
         reads=own.files | statistics.files(index) | {folder.absolute() / subfolder / layer_file(index)},
         folder=folder.absolute(),
         memory_bytes=layer_memory(own),
+        is_parallel=True,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 from moemerge.bundle.manifest import CodeSpec
 from moemerge.calibration.folder import Calibration, layer_file
 from moemerge.calibration.passages import Passages
+from moemerge.calibration.passes import DEFAULT_DTYPE
 from moemerge.calibration.random_inputs import random_statistics
 from moemerge.calibration.sensitivity import Response
 from moemerge.calibration.statistics import LayerStatistics
@@ -63,17 +64,14 @@ class Statistics(Protocol):
     def passages(self, variant: str) -> Passages | None:
         """The variant's text, with what is held out to measure on; None without text."""
 
+    def dtype(self, variant: str) -> str:
+        """In which the variant was computed on its text, and is to be measured."""
 
-@dataclass(slots=True)
-class NoiseStatistics:
-    """Statistics of noise in place of text, made when they are asked for; the last layer is kept."""
 
-    variants: VariantSet
-    seed: int = 0
-    _layer: int = -1
-    _found: dict[str, LayerStatistics] = field(default_factory=dict)
+class WithoutText:
+    """What `Statistics` answers where no text is a variant's own."""
 
-    identity = NOISE
+    __slots__ = ()
 
     @property
     def gained(self) -> dict[str, float]:
@@ -88,8 +86,25 @@ class NoiseStatistics:
         """Not known."""
         return Response()
 
-    def passages(self, variant: str) -> None:
+    def passages(self, variant: str) -> Passages | None:
         """None."""
+        return None
+
+    def dtype(self, variant: str) -> str:
+        """Nothing is measured; the default."""
+        return DEFAULT_DTYPE
+
+
+@dataclass(slots=True)
+class NoiseStatistics(WithoutText):
+    """Statistics of noise in place of text, made when they are asked for; the last layer is kept."""
+
+    variants: VariantSet
+    seed: int = 0
+    _layer: int = -1
+    _found: dict[str, LayerStatistics] = field(default_factory=dict)
+
+    identity = NOISE
 
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """See `Statistics`."""
@@ -155,6 +170,10 @@ class TextStatistics:
     def passages(self, variant: str) -> Passages:
         """See `Statistics`."""
         return self.calibration.passages(variant)
+
+    def dtype(self, variant: str) -> str:
+        """See `Statistics`."""
+        return self.calibration.index.variants[variant].dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ def merge(
         DamagedInput: NaN or infinity, or a file that changed while it was read.
         Busy: Another process writes the target.
     """
-    report = progress or Silent()
+    report, executor = progress or Silent(), executor or Local(max_ram)
     check_target(target)
     found = statistics or NoiseStatistics(variants)
     gate = Gate()
@@ -125,7 +125,7 @@ def merge(
                 asked=asked,
                 max_ram=max_ram,
                 report=report,
-                executor=executor or Local(),
+                executor=executor,
             )
             done = rounds.run(make_plan, gate)
             outcomes = {
@@ -161,7 +161,7 @@ def _planner(
     report: Progress,
     *,
     max_ram: int | None,
-    executor: Executor | None,
+    executor: Executor,
 ) -> tuple[MakePlan, dict[str, str]]:
     """What makes the plans, with all measured that they are made from, and reports on that by path."""
     if isinstance(decide, ConsolidationPlan):

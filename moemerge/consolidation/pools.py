@@ -53,6 +53,7 @@ def layer_work(
         reads=own.files | statistics.files(layer.index),
         folder=folder.absolute(),
         memory_bytes=layer_memory(own) if is_merged or layer.has_codes else _COPYING_BYTES,
+        is_parallel=layer.has_codes,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from moemerge.calibration.passes import check_dtype
 from moemerge.checkpoint.sizes import parse_size
 from moemerge.consolidation.budget import parse_budget
 from moemerge.consolidation.gate import Gate
@@ -35,6 +36,7 @@ KINDS: dict[str, type] = {
     "floor": float,
     "text": dict,
     "tokens": int,
+    "dtype": str,
     "calibration": str,
     "policy": str,
     "within": bool,
@@ -192,6 +194,7 @@ def _evidence(raw: Any, path: Path) -> EvidenceOptions:
     return EvidenceOptions(
         texts=tuple(texts),
         tokens=raw.get("tokens", EvidenceOptions().tokens),
+        dtype=raw.get("dtype", EvidenceOptions().dtype),
         calibration=None if calibration is None else folder / Path(calibration).expanduser(),
     )
 
@@ -229,6 +232,7 @@ def _check_values(raw: Any, path: Path) -> list[Finding]:
         "quality": lambda share: Gate(mean=share),
         "floor": lambda share: Gate(floor=share),
         "text": _check_texts,
+        "dtype": check_dtype,
         "heal": lambda steps: RepairOptions(heal=steps),
         "policy": lambda policy: options_of(_ANY_BUDGET, policy, within=raw.get("within") is True),
     }

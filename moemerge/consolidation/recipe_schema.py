@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moemerge.calibration.passes import DEFAULT_TOKENS
+from moemerge.calibration.passes import DEFAULT_DTYPE, DEFAULT_TOKENS, DTYPES
 from moemerge.consolidation.fitting import BATCH, TOKENS
 from moemerge.consolidation.recipe import DECIDES, KINDS, REQUIRED, SCHEMA
 from moemerge.refs import VARIANT_NAME
@@ -36,6 +36,7 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "floor": {"description": "Share of it that every variant keeps at least.", **_SHARE},
     "text": {"description": "Each variant's own text: .txt, or .jsonl of input and target."},
     "tokens": {"description": "Most tokens of each text.", "minimum": 1, "default": DEFAULT_TOKENS},
+    "dtype": {"description": "Of the computation on text.", "enum": list(DTYPES), "default": DEFAULT_DTYPE},
     "calibration": {"description": "Folder that moemerge calibrate has written, in place of text."},
     "repair": {"description": "Whether own tensors are fitted to what is stored.", "default": True},
     "heal": {"description": "Steps of distillation of the same tensors.", "minimum": 0, "default": 0},

@@ -211,7 +211,6 @@ class Rounds:
     def _measure(self, number: int, plan: ConsolidationPlan, errors: dict[int, Errors]) -> dict[str, Quality]:
         bundle = draft_bundle(self.variants, plan, errors, self.staging.folder)
         gained = self.statistics.gained
-        options = CalibrationOptions(max_ram=self.max_ram)
         texts = {name: self.statistics.passages(name) for name in self.variants.variants}
         missing = {
             name: passages
@@ -230,7 +229,7 @@ class Rounds:
                 passages,
                 gained.get(name),
                 self.asked,
-                options,
+                CalibrationOptions(dtype=self.statistics.dtype(name), max_ram=self.max_ram),
             )
             for name, passages in missing.items()
         ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from moemerge.calibration.passes import DEFAULT_TOKENS
+from moemerge.calibration.passes import DEFAULT_DTYPE, DEFAULT_TOKENS, check_dtype
 from moemerge.consolidation.budget import LEAST, parse_budget
 from moemerge.consolidation.fitting import Device
 from moemerge.consolidation.gate import Gate
@@ -23,19 +23,28 @@ class EvidenceOptions:
     Attributes:
         texts: `NAME=FILE` of every variant.
         tokens: Most tokens of each text.
+        dtype: Of the computation on text.
         calibration: Folder that `moemerge calibrate` has written.
     """
 
     texts: tuple[str, ...] = ()
     tokens: int = DEFAULT_TOKENS
+    dtype: str = DEFAULT_DTYPE
     calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.texts and self.calibration:
             raise InvalidRecipe("give --text or --calibration, not both")
+        check_dtype(self.dtype)
 
     @classmethod
-    def of(cls, texts: Sequence[str] | None, tokens: int | None, calibration: Path | None) -> Self:
+    def of(
+        cls,
+        texts: Sequence[str] | None,
+        tokens: int | None,
+        dtype: str | None,
+        calibration: Path | None,
+    ) -> Self:
         """From options that may be missing.
 
         Raises:
@@ -43,7 +52,14 @@ class EvidenceOptions:
         """
         if tokens is not None and not texts:
             raise InvalidRecipe("--tokens goes with --text")
-        return cls(texts=tuple(texts or ()), tokens=tokens or DEFAULT_TOKENS, calibration=calibration)
+        if dtype is not None and not texts:
+            raise InvalidRecipe("--dtype goes with --text; a calibration has its own")
+        return cls(
+            texts=tuple(texts or ()),
+            tokens=tokens or DEFAULT_TOKENS,
+            dtype=dtype or DEFAULT_DTYPE,
+            calibration=calibration,
+        )
 
     @property
     def is_given(self) -> bool:

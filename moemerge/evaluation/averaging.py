@@ -1,6 +1,6 @@
 """The plain average of whole models, routers and attention too, as a checkpoint: the naive baseline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from moemerge.bundle.joined import JoinedTensor, expert_tensors
 from moemerge.bundle.target import building
-from moemerge.calibration.sensitivity import Response
 from moemerge.calibration.statistics import LayerStatistics
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.headers import StoredTensor
@@ -17,7 +16,7 @@ from moemerge.checkpoint.side_files import find_side_files
 from moemerge.checkpoint.tensors import TensorReader, bytes_of, torch_dtype
 from moemerge.checkpoint.weights import SINGLE
 from moemerge.checkpoint.writer import TensorToWrite, write_tensors
-from moemerge.consolidation.measured import Statistics
+from moemerge.consolidation.measured import Statistics, WithoutText
 from moemerge.errors import IncompatibleInputs
 
 
@@ -94,7 +93,7 @@ def _mean_experts(checkpoints: Sequence[Checkpoint], layer_index: int) -> list[d
 
 
 @dataclass(frozen=True, slots=True)
-class SummedStatistics:
+class SummedStatistics(WithoutText):
     """Statistics of several variants' texts as if they were one's: what an average of them is coded for."""
 
     of: Statistics
@@ -104,22 +103,6 @@ class SummedStatistics:
     def identity(self) -> str:
         """See `Statistics`."""
         return f"sum:{self.of.identity}"
-
-    @property
-    def gained(self) -> dict[str, float]:
-        """Not known."""
-        return {}
-
-    def passages(self, variant: str) -> None:
-        """None are its own."""
-
-    def sensitivity(self, variant: str) -> Mapping[int, float]:
-        """Not known."""
-        return {}
-
-    def response(self, variant: str) -> Response:
-        """Not known."""
-        return Response()
 
     def at_layer(self, layer_index: int) -> "SummedStatistics":
         """See `Statistics`."""
