@@ -212,8 +212,8 @@ class StreamedExperts:
         if energy < float("inf"):
             return
         raise DamagedInput(
-            f"{self._source.checkpoint.label}: the experts of layer {layer_index} give NaN or infinity on "
-            f"this text; a tensor up to there is damaged"
+            f"{self._source.checkpoint.label}: the experts of layer {layer_index} give NaN or infinity; "
+            f"a tensor up to there is damaged"
         )
 
 

@@ -15,7 +15,7 @@ from moemerge.consolidation.ladder import NONE, Ladder, Shapes, code_size, resid
 from moemerge.consolidation.operators import OPERATORS
 from moemerge.consolidation.slot import Members, Slot
 
-_RACE_INPUTS = 128
+_RACE_INPUTS = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from moemerge.consolidation.codes.moments import Moment, moment_of_matrix, moment_of_rows
+from moemerge.consolidation.codes.moments import (
+    Moment,
+    add_part_moments,
+    moment_of_matrix,
+    moment_of_rows,
+)
 from moemerge.consolidation.forward import ExpertPass, run_expert
-from moemerge.consolidation.operators.regression import regression_mean, weighted
+from moemerge.consolidation.operators.regression import RegressionMean, weighted
 from moemerge.models import Activation
 
 
@@ -92,17 +97,14 @@ class Cluster:
     @cached_property
     def regression_means(self) -> dict[str, Tensor]:
         """By part; see `operators.regmean`. Biases, which no input multiplies, are averaged."""
-        return {part: self._regression_mean(part) for part in self.parts}
-
-    def _regression_mean(self, part: str) -> Tensor:
-        matrices = self.stack(part)
-        if part not in self.members[0].moments:
-            return torch.stack(matrices).mean(dim=0)
-        return regression_mean(
-            matrices,
-            [member.products[part] for member in self.members],
-            [member.moments[part] for member in self.members],
-        )
+        totals = add_part_moments([member.moments for member in self.members])
+        means = {id(total): RegressionMean(total) for total in totals.values()}
+        return {
+            part: means[id(totals[part])].of(self.stack(part), [m.products[part] for m in self.members])
+            if part in totals
+            else torch.stack(self.stack(part)).mean(dim=0)
+            for part in self.parts
+        }
 
     def deltas(self, part: str) -> tuple[Tensor, list[Tensor]]:
         """The base's matrix, and what every member adds to it, float32."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moemerge.consolidation.codes.moments import Moment, add_moments
+from moemerge.consolidation.codes.moments import Moment
 from moemerge.similarity.threads import one_thread
 
 _DAMPING = 0.01
@@ -17,26 +17,26 @@ def weighted(matrix: Tensor, moment: Moment) -> Tensor:
     return torch.cat([matrix[:, columns] @ block for columns, block in blocks], dim=1)
 
 
-def regression_mean(
-    matrices: Sequence[Tensor], products: Sequence[Tensor], moments: Sequence[Moment]
-) -> Tensor:
+class RegressionMean:
     """`(sum W_i G_i) (sum G_i)^-1` with damped moments, so that columns no input reaches become plain means.
 
     Args:
-        matrices: [N, D] of every member.
-        products: Its `weighted`.
-        moments: Of its inputs.
+        total: The sum of the moments G of all members.
     """
-    plain = torch.stack(list(matrices)).mean(dim=0)
-    total = add_moments(moments)
-    damping = float(total.diagonal().mean()) * _DAMPING
-    if damping <= 0:
-        return plain
-    target = torch.stack(list(products)).sum(dim=0).add_(plain, alpha=damping)
-    pieces = []
-    for columns, block in zip(total.slices(), total.blocks, strict=True):
-        pieces.append(_solved(block + torch.eye(len(block)) * damping, target[:, columns].T).T)
-    return torch.cat(pieces, dim=1)
+
+    def __init__(self, total: Moment) -> None:
+        self._columns = total.slices()
+        self._damping = float(total.diagonal().mean()) * _DAMPING
+        self._inverses = [_inverse(block, self._damping) for block in total.blocks] if self._damping else []
+
+    def of(self, matrices: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
+        """Of matrices [N, D] that are given those inputs, one of each member, each with its `weighted`."""
+        plain = torch.stack(list(matrices)).mean(dim=0)
+        if not self._inverses:
+            return plain
+        target = torch.stack(list(products)).sum(dim=0).add_(plain, alpha=self._damping)
+        blocks = zip(self._columns, self._inverses, strict=True)
+        return torch.cat([target[:, columns] @ inverse for columns, inverse in blocks], dim=1)
 
 
 def ridge(inputs_SD: Tensor, wanted_SN: Tensor, start_ND: Tensor, weights_S: Tensor) -> Tensor:
@@ -67,3 +67,8 @@ def ridge(inputs_SD: Tensor, wanted_SN: Tensor, start_ND: Tensor, weights_S: Ten
 @one_thread()
 def _solved(gram: Tensor, target: Tensor) -> Tensor:
     return torch.cholesky_solve(target, torch.linalg.cholesky(gram))
+
+
+@one_thread()
+def _inverse(block: Tensor, damping: float) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(block + torch.eye(len(block)) * damping))
