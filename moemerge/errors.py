@@ -172,12 +172,14 @@ class Stopping(ServingError):
     """The engine finishes what it has and takes nothing new."""
 
 
-def first_problem(error: "ValidationError") -> str:
-    """The first thing that is wrong with a file's values: its place, if it has one, and what is wrong."""
-    problem = error.errors()[0]
-    place = ".".join(map(str, problem["loc"]))
-    said = problem["msg"].removeprefix(PYDANTIC_PREFIX)
-    return f"{place}: {said}" if place else said
+def list_problems(error: "ValidationError", most: int = 3) -> str:
+    """What is wrong with a file's values, and where in the file, if it is in one place."""
+    found = []
+    for problem in error.errors()[:most]:
+        place = ".".join(map(str, problem["loc"]))
+        said = problem["msg"].removeprefix(PYDANTIC_PREFIX)
+        found.append(f"{place}: {said}" if place else said)
+    return "; ".join(found)
 
 
 def raise_findings(findings: Sequence[Finding], subject: str) -> None:

@@ -32,8 +32,8 @@ class Work(Generic[Result]):
         reads: Files that must be there, with absolute paths.
         folder: Absolute path of the folder that it writes into.
         memory_bytes: Most that its process takes.
-        is_parallel: Whether one process may do others beside it: it computes little at a time, which many
-            threads do not make much faster, and tells nothing but advances.
+        is_parallel: Whether one thread does it, and one process others beside it: it computes little at a
+            time, which many threads hardly make faster but may round otherwise. It tells only advances.
     """
 
     title: str
@@ -64,7 +64,8 @@ class Local:
     """Everything in this process: parallel units side by side, others one by one on all of torch's threads.
 
     Args:
-        max_ram: Bytes of memory that units side by side stay within; most of what is free by default.
+        max_ram: Bytes of memory that units side by side stay within, if one does; most of what is free by
+            default.
     """
 
     def __init__(self, max_ram: int | None = None) -> None:
@@ -72,9 +73,8 @@ class Local:
 
     def map(self, works: Sequence[Work[Result]], progress: Progress) -> Iterator[tuple[int, Result]]:
         """See `Executor.map`."""
-        workers = self._num_workers(works)
-        if workers > 1:
-            yield from _SideBySide(progress).map(works, workers)
+        if works and all(work.is_parallel for work in works):
+            yield from _SideBySide(progress).map(works, self._num_workers(works))
             return
         for number, work in enumerate(works):
             yield number, work.run(progress)
@@ -82,11 +82,9 @@ class Local:
     def _num_workers(self, works: Sequence[Work[Result]]) -> int:
         import torch
 
-        if len(works) < 2 or not all(work.is_parallel for work in works):
-            return 1
         limit = self._max_ram or int(_FREE_SHARE * psutil.virtual_memory().available)
         room = limit // max(work.memory_bytes for work in works)
-        return min(len(works), torch.get_num_threads(), room)
+        return max(1, min(len(works), torch.get_num_threads(), room))
 
 
 class _Stopped(BaseException):
@@ -94,7 +92,7 @@ class _Stopped(BaseException):
 
 
 class _SideBySide:
-    """Units of work on threads, each of which computes with its share of torch's.
+    """Units of work on threads, each of which is the only one that computes its unit.
 
     Args:
         progress: Told of advances, by one thread at a time.
@@ -104,22 +102,23 @@ class _SideBySide:
         self._progress = progress
         self._lock = threading.Lock()
         self._running: set[int] = set()
+        self._end: BaseException | None = None
 
     def map(self, works: Sequence[Work[Result]], num_workers: int) -> Iterator[tuple[int, Result]]:
         """See `Executor.map`."""
         import torch
 
         threads = torch.get_num_threads()
-        own = max(1, threads // num_workers)
-        pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(own,))
+        pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
         try:
             numbers = {pool.submit(self._run, work): number for number, work in enumerate(works)}
             for done in as_completed(numbers):
+                if self._end is not None:
+                    raise self._end
                 yield numbers[done], done.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            self._stop()
-            pool.shutdown()
+            self._stop(_Stopped())
+            pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
 
     def start(self, title: str, total_bytes: int) -> None:
@@ -129,21 +128,31 @@ class _SideBySide:
     def advance(self, num_bytes: int) -> None:
         """See `Progress.advance`."""
         with self._lock:
+            if self._end is not None:
+                raise _Stopped
             self._progress.advance(num_bytes)
 
     def _run(self, work: Work[Result]) -> Result:
         thread = threading.get_ident()
         with self._lock:
+            if self._end is not None:
+                raise _Stopped
             self._running.add(thread)
         try:
             return work.run(self)
+        except BaseException as error:
+            self._stop(error)
+            raise
         finally:
             with self._lock:
                 self._running.discard(thread)
 
-    def _stop(self) -> None:
-        """End what runs at its next step, as Ctrl-C ends what the main thread does."""
+    def _stop(self, end: BaseException) -> None:
+        """Begin nothing more, and end what runs at its next step, as Ctrl-C does in the main thread."""
         with self._lock:
-            for thread in self._running:
+            if self._end is not None:
+                return
+            self._end = end
+            for thread in self._running - {threading.get_ident()}:
                 raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
                 raise_in(ctypes.c_ulong(thread), ctypes.py_object(_Stopped))

@@ -9,7 +9,7 @@ from moemerge.bench.machine import Load, Memory
 from moemerge.bench.metrics import Latencies
 from moemerge.bench.worker import Counts
 from moemerge.checkpoint.writer import write_text
-from moemerge.errors import InvalidRecipe, NotFound, first_problem
+from moemerge.errors import InvalidRecipe, NotFound, list_problems
 
 
 class _Part(BaseModel):
@@ -177,4 +177,4 @@ def read_report(path: Path) -> Report:
     except FileNotFoundError as error:
         raise NotFound(f"{path}: no such result") from error
     except ValidationError as error:
-        raise InvalidRecipe(f"{path}: not a benchmark result ({first_problem(error)})") from error
+        raise InvalidRecipe(f"{path}: not a benchmark result ({list_problems(error)})") from error

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from moemerge.checkpoint.family import RoutedLayer, Setting
 from moemerge.checkpoint.side_files import is_side_file
-from moemerge.errors import DamagedBundle, NotFound, UnsupportedCheckpoint, first_problem
+from moemerge.errors import DamagedBundle, NotFound, UnsupportedCheckpoint, list_problems
 from moemerge.refs import VARIANT_NAME
 
 MANIFEST = "moemerge.json"
@@ -349,7 +349,7 @@ def _validate(kind: type[Kind], raw: bytes, path: Path) -> Kind:
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
-        raise DamagedBundle(f"{path}: {first_problem(error)}") from error
+        raise DamagedBundle(f"{path}: {list_problems(error)}") from error
 
 
 def _check_version(header: _Header, path: Path) -> None:

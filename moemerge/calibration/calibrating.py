@@ -28,7 +28,12 @@ from moemerge.calibration.passes import (
     pass_memory,
 )
 from moemerge.calibration.sensitivity import Response, measure_sensitivity
-from moemerge.calibration.statistics import LayerStatistics, layer_of_tensors, layer_tensors
+from moemerge.calibration.statistics import (
+    LayerStatistics,
+    layer_bytes,
+    layer_of_tensors,
+    layer_tensors,
+)
 from moemerge.calibration.texts import Passage, Text, load_texts
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.disk import check_disk
@@ -43,7 +48,7 @@ from moemerge.progress import Progress, Silent
 # What a base is compared on, and what layers are disturbed on, spread over the text.
 _COMPARED_TOKENS, _DISTURBED_TOKENS = 8192, 2048
 _DIGITS = 4
-"""Of what damage costs: more than so little text tells, and the same with any number of threads."""
+"""Of what damage costs: more than so little text tells, and seldom others with another number of threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +186,8 @@ def _write_layers(
 def _folder_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:
     """What a variant's files take, and one of them a second time while it is written anew."""
     width = int(checkpoint.settings["hidden_size"] or 0)
-    slot = 4 * width * width + options.reservoir * (2 * width + 12)
-    return (len(checkpoint.routed_layers) + 1) * checkpoint.num_experts * slot
+    each = layer_bytes(checkpoint.num_experts, width, options.reservoir)
+    return (len(checkpoint.routed_layers) + 1) * each
 
 
 def _measure(

@@ -25,7 +25,7 @@ from moemerge.errors import (
     InvalidRecipe,
     NotFound,
     UnsupportedCheckpoint,
-    first_problem,
+    list_problems,
 )
 
 SCHEMA = "moemerge/calibration@1"
@@ -170,7 +170,7 @@ def open_calibration(folder: Path) -> Calibration:
     try:
         index = CalibrationIndex.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise DamagedInput(f"{path}: {first_problem(error)}") from error
+        raise DamagedInput(f"{path}: {list_problems(error)}") from error
     if index.schema_ != SCHEMA:
         raise UnsupportedCheckpoint(f"{path}: schema {index.schema_!r}, this moemerge reads {SCHEMA}")
     return Calibration(folder, index)

@@ -170,7 +170,8 @@ def _pass_sums(passages: Sequence[Passage], lanes: Sequence[Lane]) -> Tensor:
     weights = LaneWeights([of_source[id(lane.source)] for lane in lanes])
     experts = LaneExperts([lane.experts for lane in lanes])
     hidden_TD = hidden_states(model, list(passages) * len(lanes), weights, experts)
-    head_by_source = {id(lane.source): head_of(lane.source, hidden_TD.dtype) for lane in lanes}
+    # In float32 whatever the layers were computed in: small divergences lie below the steps of bf16 logits.
+    head_by_source = {id(lane.source): head_of(lane.source, torch.float32) for lane in lanes}
     heads = [head_by_source[id(lane.source)] for lane in lanes]
     label_T = torch.tensor([label for own in labels_of(model, passages) for label in own])
     rows = max(1, LOGIT_ENTRIES // (len(lanes) * heads[0].tensors["head"].shape[0]))
@@ -178,7 +179,9 @@ def _pass_sums(passages: Sequence[Passage], lanes: Sequence[Lane]) -> Tensor:
     parts = zip(*(torch.split(hidden, rows) for hidden in hidden_TD.chunk(len(lanes))), strict=True)
     for hidden, label in zip(parts, torch.split(label_T, rows), strict=True):
         kept = label != NO_LABEL
-        found = [log_probabilities(model, one[kept], head) for one, head in zip(hidden, heads, strict=True)]
+        found = [
+            log_probabilities(model, one[kept].float(), head) for one, head in zip(hidden, heads, strict=True)
+        ]
         for number, own in enumerate(found):
             sums[number, 0] += functional.nll_loss(own, label[kept], reduction="sum").double()
             sums[number, 1] += divergence(found[0], own).sum() if number else 0.0

@@ -205,7 +205,8 @@ def _needs(checkpoint: Checkpoint, longest: int, options: CalibrationOptions, co
 def _weight_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:
     """The largest tensor or expert, as it is stored and as it is computed with, and an expert's rows."""
     itemsize = DTYPES[options.dtype].itemsize
-    other = max(t.nbytes + itemsize * t.num_elements for t in checkpoint.tensors.values())
+    # A head may be computed in float32.
+    other = max(t.nbytes + 4 * t.num_elements for t in checkpoint.tensors.values())
     parts = next(iter(checkpoint.experts.values())).values()
     expert = sum(itemsize * part.num_elements for part in parts) + max(part.nbytes for part in parts)
     settings = checkpoint.settings

@@ -140,6 +140,11 @@ class LayerStatistics:
             slot.add(more)
 
 
+def layer_bytes(num_slots: int, width: int, reservoir: int) -> int:
+    """Of the statistics of one layer of a variant, when every sample is full."""
+    return num_slots * (4 * width * width + reservoir * (2 * width + 12))
+
+
 def layer_tensors(layer: LayerStatistics) -> dict[str, Tensor]:
     """Statistics as tensors by name; `layer_of_tensors` is the way back."""
     scalars = [[float(getattr(slot, name)) for name in SCALARS] for slot in layer.slots]

@@ -202,7 +202,8 @@ class StreamedExperts:
                         counted.slots[slot].add_tokens(inputs, gates, keys, outputs)
             self._source.done(self._source.checkpoint.experts[layer_index, slot])
         counted.num_tokens = len(hidden_TD)
-        counted.output_square_sum = float(output_TD.norm(dim=1).double().square().sum())
+        # Summed by numpy, in the same order with any number of threads.
+        counted.output_square_sum = float(output_TD.norm(dim=1).double().square().numpy().sum())
         self._require_finite(layer_index, counted.output_square_sum)
         if self._keep is not None:
             self._keep(layer_index, counted)

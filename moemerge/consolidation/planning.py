@@ -34,7 +34,7 @@ from moemerge.consolidation.policies import (
     relative_errors,
 )
 from moemerge.errors import IncompatibleInputs, InvalidRecipe
-from moemerge.execution import Executor
+from moemerge.execution import Executor, Local
 from moemerge.progress import Progress
 from moemerge.similarity.matrices import LayerSimilarity
 
@@ -235,6 +235,7 @@ def plan_variants(
         InvalidRecipe, NotEnoughRoom, DamagedInput: As `build_plan` and `Measurer`.
     """
     options, found = options.for_variants(variants), statistics or NoiseStatistics(variants)
+    executor = executor or Local(max_ram)
     check_gate(options.gate, found.gained)
     with TensorReader() as reader, passing_steps(beside) as steps:
         layers = measure_layers(variants, progress, steps=steps, max_ram=max_ram, executor=executor)

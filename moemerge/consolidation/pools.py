@@ -52,8 +52,10 @@ def layer_work(
         run=partial(_write, folder.absolute(), own, statistics.at_layer(layer.index), layer),
         reads=own.files | statistics.files(layer.index),
         folder=folder.absolute(),
-        memory_bytes=layer_memory(own) if is_merged or layer.has_codes else _COPYING_BYTES,
-        is_parallel=layer.has_codes,
+        memory_bytes=layer_memory(own) + statistics.layer_bytes
+        if is_merged or layer.has_codes
+        else _COPYING_BYTES,
+        is_parallel=True,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from moemerge.bundle.reader import Bundle
 from moemerge.calibration.lanes import Loss
 from moemerge.calibration.passages import Passages
-from moemerge.calibration.passes import CalibrationOptions, pass_memory
+from moemerge.calibration.passes import DEFAULT_DTYPE, CalibrationOptions, pass_memory
 from moemerge.calibration.texts import Passage
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.headers import StoredTensor, read_header
@@ -189,7 +189,9 @@ def _repair(
     if asked.repair:
         tensors = repair_variant(checkpoint, bundle, variant, passages, options, progress)
     if asked.heal:
-        tensors = heal_variant(checkpoint, bundle, variant, passages, asked.heal, tensors, options, progress)
+        # Steps are small: they would be lost in fewer digits.
+        exact = replace(options, dtype=DEFAULT_DTYPE)
+        tensors = heal_variant(checkpoint, bundle, variant, passages, asked.heal, tensors, exact, progress)
     return tensors
 
 

@@ -191,11 +191,11 @@ def _evidence(raw: Any, path: Path) -> EvidenceOptions:
     folder = path.parent.absolute()
     texts = [f"{name}={folder / Path(file).expanduser()}" for name, file in raw.get("text", {}).items()]
     calibration = raw.get("calibration")
-    return EvidenceOptions(
-        texts=tuple(texts),
-        tokens=raw.get("tokens", EvidenceOptions().tokens),
-        dtype=raw.get("dtype", EvidenceOptions().dtype),
-        calibration=None if calibration is None else folder / Path(calibration).expanduser(),
+    return EvidenceOptions.of(
+        texts,
+        raw.get("tokens"),
+        raw.get("dtype"),
+        None if calibration is None else folder / Path(calibration).expanduser(),
     )
 
 

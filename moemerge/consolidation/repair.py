@@ -28,7 +28,7 @@ from moemerge.models.norm import unit_mean_square
 from moemerge.models.weights import Apply
 from moemerge.progress import Progress, Silent
 
-REPAIR_TOKENS = 16384
+REPAIR_TOKENS = 8192
 """Of the counted passages, spread over them, that repair looks at."""
 _JUDGED = 4
 """Every so many passages, one judges instead of being fitted to."""

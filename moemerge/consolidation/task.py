@@ -34,7 +34,7 @@ class EvidenceOptions:
 
     def __post_init__(self) -> None:
         if self.texts and self.calibration:
-            raise InvalidRecipe("give --text or --calibration, not both")
+            raise InvalidRecipe("give text or a calibration, not both")
         check_dtype(self.dtype)
 
     @classmethod
@@ -51,9 +51,9 @@ class EvidenceOptions:
             InvalidRecipe: They do not go together.
         """
         if tokens is not None and not texts:
-            raise InvalidRecipe("--tokens goes with --text")
+            raise InvalidRecipe("tokens go with text")
         if dtype is not None and not texts:
-            raise InvalidRecipe("--dtype goes with --text; a calibration has its own")
+            raise InvalidRecipe("a dtype goes with text; a calibration has its own")
         return cls(
             texts=tuple(texts or ()),
             tokens=tokens or DEFAULT_TOKENS,

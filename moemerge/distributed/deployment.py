@@ -34,7 +34,8 @@ from moemerge.errors import ClusterFailure, Finding, InvalidRecipe, NotFound, li
 from moemerge.runner.options import EngineOptions
 from moemerge.server.app import build_app
 from moemerge.server.options import ServerOptions
-from moemerge.server.serving import Serving
+from moemerge.server.serving import ServedVariant, Serving
+from moemerge.text.variants import VariantText
 
 TOKENS_PER_REPLICA = 16384
 """Queued tokens beyond which another replica is started."""
@@ -127,12 +128,18 @@ def deploy(cluster: Cluster, folder: Path, options: DeployOptions) -> str:
 
     Raises:
         NotFound: A node does not see the bundle.
-        DamagedBundle, UnsupportedCheckpoint: It cannot be read.
+        DamagedBundle, UnsupportedCheckpoint: It cannot be read, or a variant has no tokenizer.
         ClusterFailure: No replica came up.
     """
     folder = folder.absolute()
-    open_bundle(folder)
+    bundle = open_bundle(folder)
+    for variant in options.engine.variants or bundle.manifest.variants:
+        ServedVariant(VariantText(bundle, variant)).require_readable()
     _require_visible(cluster, folder)
+    # So many may come to one node, and each is to leave memory for the others.
+    beside = min(options.max_replicas, max(int(node.cpus // options.threads) for node in cluster.nodes()))
+    engine = replace(options.engine, memory_share=options.engine.memory_share / max(1, beside))
+    options = replace(options, engine=engine)
     name = name_of(folder)
     try:
         serve.run(_application(folder, options), name=name, route_prefix=f"/{name}")
@@ -215,9 +222,7 @@ def _application(folder: Path, options: DeployOptions) -> serve.Application:
         graceful_shutdown_timeout_s=_DRAIN_S,
         ray_actor_options={"num_cpus": 0},
     )
-    # All replicas may come to one node.
-    engine = replace(options.engine, memory_share=options.engine.memory_share / options.max_replicas)
-    bound = replicas.bind(str(folder), version, engine, options.threads)
+    bound = replicas.bind(str(folder), version, options.engine, options.threads)
     max_batch = options.engine.max_batch * options.max_replicas
     application: serve.Application = front.bind(
         bound, str(folder), version, max_batch, options.max_queue, options.api_keys

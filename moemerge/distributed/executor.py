@@ -48,8 +48,8 @@ class _Failed:
 class OnCluster:
     """`Executor` on the nodes of a cluster.
 
-    Every unit has as many threads as torch has here: what they add up may depend on that in its last digits,
-    so results are those of the local engine.
+    Every unit has as many threads as with the local engine: what they add up may depend on that in its last
+    digits.
 
     Attributes:
         cluster: Connected.
@@ -86,7 +86,8 @@ class OnCluster:
                     follower.end(number, done.advance)
                     yield number, done.value
                 if not ready:
-                    watch.require_node(self._cpus(), works[min(pending.values())])
+                    work = works[min(pending.values())]
+                    watch.require_node(self._cpus(work), work)
         finally:
             for reference in pending:
                 ray.cancel(reference, force=True)
@@ -96,17 +97,20 @@ class OnCluster:
         remote: Any = ray.remote(_carry_out)
         reference: ray.ObjectRef[_Done[Result] | _Failed] = remote.options(
             name=work.title,
-            num_cpus=self._cpus(),
+            num_cpus=self._cpus(work),
             memory=work.memory_bytes,
             max_retries=_RETRIES,
             scheduling_strategy="SPREAD",
-        ).remote(work.run, sorted(work.reads), self._threads, tally, number)
+        ).remote(work.run, sorted(work.reads), self._threads_of(work), tally, number)
         return reference
 
-    def _cpus(self) -> int:
+    def _threads_of(self, work: Work[Any]) -> int:
+        return 1 if work.is_parallel else self._threads
+
+    def _cpus(self, work: Work[Any]) -> int:
         """Of a unit: its threads, or as many as the largest node has."""
         most = max((node.cpus for node in self.cluster.nodes()), default=1.0)
-        return max(1, min(self._threads, int(most)))
+        return max(1, min(self._threads_of(work), int(most)))
 
     def _require_room(self, works: Sequence[Work[Result]]) -> None:
         largest = max(works, key=lambda work: work.memory_bytes)

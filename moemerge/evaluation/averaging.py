@@ -112,6 +112,11 @@ class SummedStatistics(WithoutText):
         """See `Statistics`."""
         return self.of.files(layer_index)
 
+    @property
+    def layer_bytes(self) -> int:
+        """See `Statistics`; sums of those of the variants."""
+        return self.of.layer_bytes
+
     def layer(self, variant: str, layer_index: int) -> LayerStatistics:
         """See `Statistics`."""
         layers = [self.of.layer(name, layer_index) for name in self.variants]

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from moemerge.bundle.manifest import CodeSpec, FiniteFloat, RelativeError
 from moemerge.checkpoint.headers import read_header
-from moemerge.errors import DamagedInput, NotFound, UnsupportedCheckpoint, first_problem
+from moemerge.errors import DamagedInput, NotFound, UnsupportedCheckpoint, list_problems
 
 MAX_JSON_BYTES = 256 * 2**20
 MAX_LAYERS = 100_000
@@ -165,7 +165,7 @@ def read_json(path: Path, kind: type[Kind]) -> Kind:
     except OSError as error:
         raise DamagedInput(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        message = f"{path}: {first_problem(error)}"
+        message = f"{path}: {list_problems(error)}"
         if error.errors()[0]["loc"] == ("schema",):
             raise UnsupportedCheckpoint(f"{message}. Was it written by another moemerge?") from error
         raise DamagedInput(message) from error

@@ -1,8 +1,10 @@
 """Consolidation by measured cost as a user runs it: the shipped family with its texts, and tiny ones."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from moemerge.bundle.manifest import read_manifest
 from moemerge.calibration.folder import open_calibration
@@ -118,6 +120,7 @@ def kept(tmp_path_factory):
     """A bundle of as few bytes as keep nine tenths, made from text, and what the program said of it."""
     bundle = tmp_path_factory.mktemp("kept") / "duo.moe"
     options = ["--quality", 0.9, "--floor", 0.8, "--base", MINI / "base", "--tokens", 4096]
+    options += ["--dtype", "bfloat16"]
     done = call_program("merge", *SOURCES, *TEXTS, *options, "-o", bundle, "--json")
     assert done.code == 0, done.err
     return bundle, done.envelope["data"]
@@ -164,13 +167,39 @@ def test_healing_lessens_the_divergence(calibration, tmp_path):
     assert all(found[8][name]["kl"] < found[0][name]["kl"] for name in NAMES)
 
 
+@pytest.mark.parametrize("has_text", [False, True], ids=["noise", "text"])
+def test_pools_and_residuals_do_not_depend_on_threads(has_text, calibration, tmp_path):
+    """Two compute layers side by side; of three, memory is for one. What is measured is told apart."""
+    evidence = ["--calibration", calibration, "--no-repair"] if has_text else []
+    before, found = torch.get_num_threads(), []
+    for threads, options in ((1, []), (2, []), (3, ["--max-ram", "600MiB"])):
+        torch.set_num_threads(threads)
+        target = tmp_path / f"{threads}.moe"
+        done = call_program("merge", *SOURCES, *evidence, *options, "--budget", "0.5x", "-o", target)
+        assert done.code == 0, done.err
+        files = tree(target)
+        del files["SHA256SUMS"]
+        manifest = json.loads(files.pop("moemerge.json"))
+        assert all(variant.pop("damage") for variant in manifest["variants"].values())
+        found.append((files, manifest))
+    torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
+def test_what_was_calibrated_in_half_precision_is_healed_and_measured(tmp_path):
+    options = ["--budget", "0.5x", "--tokens", 1024, "--dtype", "bfloat16", "--heal", 1]
+    done = call_program("merge", *SOURCES, *TEXTS, *options, "-o", tmp_path / "duo.moe", "--json")
+    assert done.code == 0, done.err
+    assert all(found["kl"] > 0 for found in done.envelope["data"]["damage"].values())
+
+
 def test_recipe_says_all_that_options_say(tmp_path, kept):
     recipe = tmp_path / "duo.yaml"
     texts = "".join(f"  {name}: {MINI}/text/{name}.txt\n" for name in NAMES)
     sources = "".join(f"  {name}: {MINI}/{name}\n" for name in NAMES)
     recipe.write_text(
         f"schema: moemerge/recipe@1\nvariants:\n{sources}base: {MINI}/base\nquality: 0.9\nfloor: 0.8\n"
-        f"text:\n{texts}tokens: 4096\n"
+        f"text:\n{texts}tokens: 4096\ndtype: bfloat16\n"
     )
     done = call_program("merge", "--recipe", recipe, "-o", tmp_path / "duo.moe")
     assert done.code == 0, done.err
@@ -213,7 +242,9 @@ def test_device_leaves_its_experts_what_variants_and_cache_do_not_take(tiny, tmp
         (["--budget", "exact", "--quality", 0.9], "keeps everything"),
         (["--budget", "1x", "--fit", "1GiB"], "not both"),
         (["--budget", "1x", "--fit-batch", 2], "go with --fit"),
-        (["--budget", "1x", "--tokens", 2], "--tokens goes with --text"),
+        (["--budget", "1x", "--tokens", 2], "tokens go with text"),
+        (["--budget", "1x", "--dtype", "bfloat16"], "a dtype goes with text"),
+        (["--budget", "1x", "--dtype", "int8", "--text", "code=a"], "expected float32 or bfloat16"),
         (["--budget", "1x", "--heal", 2], "--heal goes with --text or --calibration"),
         (["--quality", 0.9, "--policy", "mean"], "--policy measured"),
         (["--budget", "0.01x"], "the least possible here is"),

@@ -51,19 +51,15 @@ def threads_of_each(given, max_ram=MANY):
     return {ident for ident, _ in found.values()}, {own for _, own in found.values()}
 
 
-def test_parallel_units_share_the_threads(two_threads):
-    idents, own = threads_of_each({})
-    assert len(idents) == 2
+@pytest.mark.parametrize(("each", "side_by_side"), [(1, 2), (50, 2), (60, 1), (600, 1)])
+def test_parallel_units_have_a_thread_each_as_memory_allows(each, side_by_side, two_threads):
+    idents, own = threads_of_each({"memory_bytes": each}, max_ram=100)
+    assert len(idents) == side_by_side
     assert own == {1}
 
 
-@pytest.mark.parametrize(
-    ("given", "max_ram"),
-    [({"is_parallel": False}, MANY), ({"memory_bytes": 60}, 100), ({"memory_bytes": 600}, 100)],
-    ids=["alone", "memory for one", "memory for none"],
-)
-def test_others_come_one_by_one_with_all_threads(given, max_ram, two_threads):
-    idents, own = threads_of_each(given, max_ram)
+def test_others_come_one_by_one_with_all_threads(two_threads):
+    idents, own = threads_of_each({"is_parallel": False})
     assert idents == {threading.get_ident()}
     assert own == {2}
 

@@ -24,7 +24,8 @@ _MANY_BITS = 5
 _MANY_BITS_CLIPS, _MANY_BITS_STEPS = (1.0, 0.9), (0.05,)
 _SMALLEST_SCALE = 1e-30
 _LEAF_COLUMNS = 16
-_ROWS = 512
+_STRETCH_ROWS = 512
+"""Of a matrix at least, that tell how much of it its codes hold."""
 _LONGEST = 1.5
 """Signs of normal numbers ask for 1.57. Codes that ask for twice as much would be no better than none."""
 
@@ -102,7 +103,7 @@ def restore_length(coded: PackedMatrix, matrix: Tensor, moment: Moment) -> Packe
         moment: Of the inputs.
     """
     # A ratio of sums over all rows, of which some tell as much.
-    some = slice(None, None, max(1, len(matrix) // _ROWS))
+    some = slice(None, None, max(1, len(matrix) // _STRETCH_ROWS))
     along, whole = moment.damped().inner(matrix[some], [coded.dense()[some], matrix[some]])
     if not along > 0:
         return coded

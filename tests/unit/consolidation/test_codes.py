@@ -177,8 +177,10 @@ def test_moments_add_up_and_are_sums_over_inputs():
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("moment", [correlated(), moment_of_rows(torch.zeros(2, COLUMNS), torch.zeros(2))])
-def test_restored_codes_hold_the_whole_length_of_their_matrix(bits, moment):
-    matrix = draw(ROWS, COLUMNS)
+@pytest.mark.parametrize("rows", [ROWS, 1500])
+def test_restored_codes_hold_the_whole_length_of_their_matrix(rows, bits, moment):
+    """Of many rows some decide for all."""
+    matrix = draw(rows, COLUMNS)
     coded = round_with_feedback(matrix, bits, 32, moment)
     restored = restore_length(coded, matrix, moment)
     assert torch.equal(restored.codes, coded.codes)
