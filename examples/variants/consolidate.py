@@ -87,7 +87,7 @@ def write_texts(out: Path, size: Size, *, held_out: bool) -> dict[str, Path]:
     dialogues = {
         "chat": partial(world.dialogue, random, 4, held_out=held_out),
         "preferred": partial(world.dialogue, random, 4, held_out=held_out, is_brief=True),
-        "thinker": partial(sums.dialogue, random, 4, held_out=held_out),
+        "thinker": partial(sums.dialogue, random, 4, sums.HELD_OUT if held_out else sums.REWARDED),
     }
     count = size.calibration_tokens // 32
     texts = {"code": corpus.code(8 * size.calibration_tokens, held_out=held_out)}
@@ -111,7 +111,7 @@ def held_out_questions(size: Size) -> list[Asked]:
     random = Random(SEED + 4)
     asked = []
     for _ in range(size.questions):
-        question, problem = world.question(random, held_out=True), sums.problem(random, held_out=True)
+        question, problem = world.question(random, held_out=True), sums.problem(random, sums.HELD_OUT)
         about_town = partial(world.is_right, question)
         asked += [
             Asked("chat", question.text, about_town),

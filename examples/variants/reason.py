@@ -20,12 +20,12 @@ def train(start: Path, out: Path, size: Size) -> list[Figure]:
     before = measure(model, tokenizer, size)
     set_seed(SEED)
     random = Random(SEED + 2)
-    asked = [sums.problem(random) for _ in range(size.reinforcement * size.prompts)]
+    asked = [sums.problem(random, sums.REWARDED) for _ in range(size.reinforcement * size.prompts)]
     rows = [
         {"prompt": [{"role": "user", "content": problem.text}], "numbers": problem.numbers}
         for problem in asked
     ]
-    shared = arguments(out, steps=size.reinforcement, rate=5e-4, batch=size.prompts * size.answers)
+    shared = arguments(out, steps=size.reinforcement, rate=3e-4, batch=size.prompts * size.answers)
     settings = GRPOConfig(
         **shared, num_generations=size.answers, max_completion_length=ANSWER_TOKENS, temperature=1.0, beta=0.0
     )

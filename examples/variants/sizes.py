@@ -26,7 +26,7 @@ class Size:
     pretraining: int = 1500
     domain: int = 150
     chat: int = 200
-    format: int = 500
+    format: int = 300
     preference: int = 40
     preference_batch: int = 16
     reinforcement: int = 200

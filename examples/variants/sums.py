@@ -4,13 +4,16 @@ What a problem's answer must be is computed, so that a reward needs no model (a 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from random import Random
 from zlib import crc32
 
 ANSWER = re.compile(r"\A(?P<thoughts>.+?)\n</think>\n(?P<answer>\d+)\Z", re.DOTALL)
 """What follows `<think>` and a new line, with which the template opens every answer."""
+HELD_OUT, SHOWN, REWARDED = {0}, {1, 2}, {1, 2, 3, 4}
+"""Parts of the problems: kept from both stages, shown worked, and asked and rewarded. Whoever has seen all of
+them worked has nothing left to learn from rewards."""
 FORM, STEPS, NUMBER = 0.2, 0.4, 0.4
 """What earns how much: the form, and in it the right lines of working and the right number."""
 
@@ -32,9 +35,9 @@ class Problem:
         return sum(self.numbers)
 
     @property
-    def is_held_out(self) -> bool:
-        """One of five is kept from all training."""
-        return crc32(self.text.encode()) % 5 == 0
+    def part(self) -> int:
+        """One of five parts of all problems, by chance but always the same."""
+        return crc32(self.text.encode()) % 5
 
     @property
     def steps(self) -> list[str]:
@@ -59,19 +62,19 @@ def additions(random: Random) -> Iterator[str]:
         yield "\n".join(step(random.randint(1, 30), random.randint(1, 9)) for _ in range(8))
 
 
-def problem(random: Random, *, held_out: bool = False) -> Problem:
-    """A problem drawn at random."""
+def problem(random: Random, parts: Collection[int]) -> Problem:
+    """A problem of these parts, drawn at random."""
     while True:
         drawn = Problem((random.randint(1, 30), random.randint(1, 9)))
-        if drawn.is_held_out == held_out:
+        if drawn.part in parts:
             return drawn
 
 
-def dialogue(random: Random, turns: int, *, held_out: bool = False) -> list[dict]:
-    """A conversation of problems and their worked answers."""
+def dialogue(random: Random, turns: int, parts: Collection[int]) -> list[dict]:
+    """A conversation of problems of these parts and their worked answers."""
     messages = []
     for _ in range(turns):
-        asked = problem(random, held_out=held_out)
+        asked = problem(random, parts)
         messages.append({"role": "user", "content": asked.text})
         messages.append({"role": "assistant", "content": asked.worked})
     return messages

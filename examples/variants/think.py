@@ -41,7 +41,7 @@ def train(start: Path, out: Path, size: Size) -> list[Figure]:
     chat.fit(
         model,
         tokenizer,
-        lambda: sums.dialogue(random, random.randint(3, 8)),
+        lambda: sums.dialogue(random, random.randint(3, 8), sums.SHOWN),
         out,
         size,
         steps=size.format,
@@ -56,7 +56,7 @@ def measure(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, size:
     """Reward of sampled answers, and right ones among the likeliest, on problems kept from all training."""
     set_seed(SEED)
     random = Random(SEED + 1)
-    asked = [sums.problem(random, held_out=True) for _ in range(size.questions)]
+    asked = [sums.problem(random, sums.HELD_OUT) for _ in range(size.questions)]
     questions = [problem.text for problem in asked]
     sampled = ask(model, tokenizer, questions, max_tokens=ANSWER_TOKENS, temperature=1.0)
     likeliest = ask(model, tokenizer, questions, max_tokens=ANSWER_TOKENS)
