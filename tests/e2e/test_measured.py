@@ -1,6 +1,7 @@
 """Consolidation by measured cost as a user runs it: the shipped family with its texts, and tiny ones."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,17 @@ def test_pools_and_residuals_do_not_depend_on_threads(has_text, calibration, tmp
         found.append((files, manifest))
     torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]
+
+
+def test_slots_that_a_text_hardly_reaches_are_told_and_served(tmp_path):
+    target, few = tmp_path / "duo.moe", ["--tokens", 40, "--window", 20]
+    made = call_program("calibrate", *SOURCES, *TEXTS, *few, "-o", tmp_path / "few")
+    assert made.code == 0, made.err
+    evidence = ["--calibration", tmp_path / "few"]
+    done = call_program("merge", *SOURCES, *evidence, "--budget", "0.5x", "-o", target)
+    assert done.code == 0, done.err
+    assert re.search(r"variant code, layer 0: text hardly reaches slot [\d, ]+; the most used", done.err)
+    assert call_program("verify", target).code == 0
 
 
 def test_what_was_calibrated_in_half_precision_is_healed_and_measured(tmp_path):
