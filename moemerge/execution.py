@@ -117,7 +117,7 @@ class _SideBySide:
                     raise self._end
                 yield numbers[done], done.result()
         finally:
-            self._stop(_Stopped())
+            self._stop_at_once()
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
 
@@ -141,18 +141,19 @@ class _SideBySide:
         try:
             return work.run(self)
         except BaseException as error:
-            self._stop(error)
+            # The others end when they tell an advance: nothing is hurried, no file is left open.
+            self._end = self._end or error
             raise
         finally:
             with self._lock:
                 self._running.discard(thread)
 
-    def _stop(self, end: BaseException) -> None:
-        """Begin nothing more, and end what runs at its next step, as Ctrl-C does in the main thread."""
+    def _stop_at_once(self) -> None:
+        """Unless a unit has failed: end what runs at its next step, as Ctrl-C does in the main thread."""
         with self._lock:
             if self._end is not None:
                 return
-            self._end = end
-            for thread in self._running - {threading.get_ident()}:
+            self._end = _Stopped()
+            for thread in self._running:
                 raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
                 raise_in(ctypes.c_ulong(thread), ctypes.py_object(_Stopped))

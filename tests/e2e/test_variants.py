@@ -115,11 +115,12 @@ def test_held_out_problems_and_towns_are_never_trained(example):
     from random import Random
 
     sums, world = example("sums"), example("world")
-    drawn = {
-        held_out: {sums.problem(Random(seed), held_out=held_out) for seed in range(500)}
-        for held_out in (0, 1)
-    }
-    assert not drawn[0] & drawn[1]
+    held_out, shown, rewarded = (
+        {sums.problem(Random(seed), parts) for seed in range(500)}
+        for parts in (sums.HELD_OUT, sums.SHOWN, sums.REWARDED)
+    )
+    assert not held_out & (shown | rewarded)
+    assert rewarded - shown
     asked = {
         held_out: {world.question(Random(seed), held_out=held_out) for seed in range(500)}
         for held_out in (0, 1)

@@ -82,12 +82,14 @@ def test_advances_come_from_one_thread_at_a_time(two_threads):
     assert counted.total == 200
 
 
-def work_until(stopped, begun, progress):
+def work_until(stopped, begun, progress, tells=False):
     """Steps without end."""
     begun.set()
     try:
         while True:
             time.sleep(1e-3)
+            if tells:
+                progress.advance(1)
     finally:
         stopped.set()
 
@@ -100,7 +102,7 @@ def test_a_failure_ends_what_runs_beside_it(two_threads):
         assert begun.wait(10)
         raise DamagedInput("a unit fails")
 
-    units = works(partial(work_until, stopped, begun), fail, lambda progress: never.append(1))
+    units = works(partial(work_until, stopped, begun, tells=True), fail, lambda progress: never.append(1))
     with pytest.raises(DamagedInput, match="a unit fails"):
         list(Local(MANY).map(units, Silent()))
     assert stopped.is_set()
