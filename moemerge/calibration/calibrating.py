@@ -1,6 +1,7 @@
 """Calibrating variants: each is run on its own text, and what that tells goes into a folder.
 
-Every variant is a unit of work, on one machine or on several; `folder` knows what is there already.
+A span of a variant's layers is a unit of work, on one machine or on several, and so is what is measured at
+the end; `folder` knows what is there already.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,34 +14,35 @@ from moemerge.bundle.target import locked, writing
 from moemerge.calibration.folder import (
     Calibration,
     VariantCalibration,
-    building_variants,
+    building_place,
     is_calibrated,
-    layer_file,
     open_index,
     put_variant,
 )
 from moemerge.calibration.passages import PASSAGES, Passages, spread, write_passages
 from moemerge.calibration.passes import (
     CalibrationOptions,
-    calibrate_variant,
     mean_nll,
     measure_nll,
     pass_memory,
+    passage_nll,
 )
 from moemerge.calibration.sensitivity import Response, measure_sensitivity
-from moemerge.calibration.statistics import (
-    LayerStatistics,
-    layer_bytes,
-    layer_of_tensors,
-    layer_tensors,
+from moemerge.calibration.spans import (
+    calibrate_span,
+    cut_spans,
+    hidden_behind,
+    hidden_bytes,
+    is_done,
+    remove_hidden,
 )
+from moemerge.calibration.statistics import layer_bytes
 from moemerge.calibration.texts import Passage, Text, load_texts
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.disk import check_disk
 from moemerge.checkpoint.fingerprint import fingerprint
-from moemerge.checkpoint.tensors import TensorReader, map_tensors
+from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
-from moemerge.checkpoint.writer import memory_tensor, write_tensors
 from moemerge.errors import Finding
 from moemerge.execution import Executor, Local, Work
 from moemerge.progress import Progress, Silent
@@ -82,7 +84,7 @@ def calibrate(
         folder: Created when it is not there.
         options: How to.
         progress: Told of the bytes of weights whose work is done.
-        executor: Does the work, a variant at a time; this process by default.
+        executor: Does the work, a span of a variant's layers at a time; this process by default.
 
     Raises:
         InvalidRecipe, NotFound: As `load_texts`, or the folder holds something else.
@@ -97,15 +99,32 @@ def calibrate(
         index = open_index(folder, variants.first)
         entries = {name: _describe(c, texts[name], options) for name, c in variants.variants.items()}
         missing = [name for name, entry in entries.items() if not is_calibrated(folder, name, entry, index)]
-        needed = sum(_folder_bytes(variants.variants[name], options) for name in missing)
+        needed = sum(
+            _folder_bytes(variants.variants[name], texts[name].passages, options) for name in missing
+        )
         check_disk(folder, needed, f"calibrating {', '.join(missing)}")
-        with building_variants(folder, missing) as places:
-            works = [_work(variants, name, texts[name].passages, places[name], options) for name in missing]
-            for number, measured in (executor or Local()).map(works, progress or Silent()):
-                name = missing[number]
-                entry = entries[name].model_copy(update=measured)
-                index = put_variant(folder, name, places[name], entry, index)
-                findings[name] = _judge(name, entry, texts[name])
+        units = [
+            _Unit(
+                name,
+                variants.variants[name],
+                variants.base,
+                Passages.divide(texts[name].passages),
+                building_place(folder, name, entries[name]),
+                options,
+            )
+            for name in missing
+        ]
+        carry_out, report = executor or Local(), progress or Silent()
+        for layers in cut_spans(variants.first):
+            works = [unit.span_work(layers) for unit in units if not is_done(unit.place, layers)]
+            for _ in carry_out.map(works, report):
+                pass
+        for number, measured in carry_out.map([unit.last_work() for unit in units], report):
+            unit = units[number]
+            entry = entries[unit.name].model_copy(update=measured)
+            remove_hidden(unit.place)
+            index = put_variant(folder, unit.name, unit.place, entry, index)
+            findings[unit.name] = _judge(unit.name, entry, texts[unit.name])
     reused = tuple(name for name in entries if name not in missing)
     told = tuple(finding for name in missing for finding in findings[name])
     return Calibrated(Calibration(folder, index), reused, told)
@@ -131,63 +150,63 @@ def _describe(checkpoint: Checkpoint, text: Text, options: CalibrationOptions) -
     )
 
 
-def _work(
-    variants: VariantSet, name: str, passages: Sequence[Passage], place: Path, options: CalibrationOptions
-) -> Work[dict[str, object]]:
-    """The calibration of a variant as a unit of work; its result are the fields that are measured."""
-    checkpoint, divided = variants.variants[name], Passages.divide(passages)
-    # The runs on what is held out have a few lanes, on an eighth of the tokens.
-    return Work(
-        title=f"calibrating {name}",
-        run=partial(_calibrate, name, checkpoint, variants.base, divided, place, options),
-        reads=checkpoint.files | (variants.base.files if variants.base else frozenset()),
-        folder=place,
-        memory_bytes=pass_memory(checkpoint, passages, options),
-    )
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """A variant that is being calibrated.
+
+    Attributes:
+        name: Its name.
+        checkpoint: It, local.
+        base: What it was tuned from, if that is known.
+        passages: Its text.
+        place: Folder in which it is built.
+        options: How to.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    base: Checkpoint | None
+    passages: Passages
+    place: Path
+    options: CalibrationOptions
+
+    def span_work(self, layers: range) -> Work[None]:
+        """`calibrate_span` as a unit of work."""
+        title = f"{self.name}, layers {layers.start} to {layers.stop - 1}"
+        arguments = (self.checkpoint, self.passages.counted, layers, self.place, self.options, title)
+        return Work(
+            title=f"calibrating {title}",
+            run=partial(calibrate_span, *arguments),
+            reads=self.checkpoint.files,
+            folder=self.place,
+            memory_bytes=pass_memory(self.checkpoint, self.passages.counted, self.options),
+        )
+
+    def last_work(self) -> Work[dict[str, object]]:
+        """What is left when all spans are done; its result are the fields that are measured."""
+        # The runs on what is held out have a few lanes, on an eighth of the tokens.
+        return Work(
+            title=f"disturbing {self.name}",
+            run=self._finish,
+            reads=self.checkpoint.files | (self.base.files if self.base else frozenset()),
+            folder=self.place,
+            memory_bytes=pass_memory(self.checkpoint, self.passages.counted, self.options),
+        )
+
+    def _finish(self, progress: Progress) -> dict[str, object]:
+        counted, stop = self.passages.counted, cut_spans(self.checkpoint)[-1].stop
+        hidden_TD = hidden_behind(self.checkpoint, counted, stop, self.place, self.options)
+        nll = mean_nll(passage_nll(self.checkpoint, counted, hidden_TD, self.options), counted)
+        measured = _measure(self.name, self.checkpoint, self.base, self.passages, self.options, progress)
+        write_passages(self.passages, self.place / PASSAGES)
+        return {"nll": nll, **measured}
 
 
-def _calibrate(
-    name: str,
-    checkpoint: Checkpoint,
-    base: Checkpoint | None,
-    passages: Passages,
-    place: Path,
-    options: CalibrationOptions,
-    progress: Progress,
-) -> dict[str, object]:
-    nll = _write_layers(checkpoint, passages.counted, place, options, progress, name)
-    write_passages(passages, place / PASSAGES)
-    measured = _measure(name, checkpoint, base, passages, options, progress)
-    return {"nll": mean_nll(nll, passages.counted), **measured}
-
-
-def _write_layers(
-    checkpoint: Checkpoint,
-    passages: Sequence[Passage],
-    place: Path,
-    options: CalibrationOptions,
-    progress: Progress | None,
-    name: str,
-) -> list[float]:
-    """Statistics of every layer into `place`; those of several passes are added there."""
-
-    def keep(layer_index: int, layer: LayerStatistics) -> None:
-        path = place / layer_file(layer_index)
-        if path.exists():
-            before = layer_of_tensors(map_tensors(path), options.reservoir)
-            before.add(layer)
-            layer = before
-        tensors = [memory_tensor(key, tensor) for key, tensor in layer_tensors(layer).items()]
-        write_tensors(path, tensors, {"format": "pt"})
-
-    return calibrate_variant(checkpoint, passages, keep, options, progress, f"calibrating {name}")
-
-
-def _folder_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:
-    """What a variant's files take, and one of them a second time while it is written anew."""
+def _folder_bytes(checkpoint: Checkpoint, passages: Sequence[Passage], options: CalibrationOptions) -> int:
+    """What a variant's files take, one of them a second time while it is written anew, and hidden states."""
     width = int(checkpoint.settings["hidden_size"] or 0)
     each = layer_bytes(checkpoint.num_experts, width, options.reservoir)
-    return (len(checkpoint.routed_layers) + 1) * each
+    return (len(checkpoint.routed_layers) + 1) * each + 2 * hidden_bytes(checkpoint, passages, options)
 
 
 def _measure(

@@ -1,11 +1,10 @@
 """Calibrations on disk: an index, and a folder of one file a layer for each variant.
 
-A variant is written beside its place and appears whole; others that are there stay as they are.
+A variant is written beside its place and appears whole; others that are there stay as they are. What an
+interrupted run has left beside it is where the next one begins.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from moemerge.errors import (
 
 SCHEMA = "moemerge/calibration@1"
 INDEX = "calibration.json"
+_IDENTITY = "identity.json"
 MEASURED = ("nll", "base_nll_excess", "sensitivity", "response")
 """Fields of an entry that follow from the others."""
 
@@ -219,18 +219,15 @@ def is_calibrated(folder: Path, name: str, entry: VariantCalibration, index: Cal
     return all((folder / name / file).is_file() for file in files)
 
 
-@contextmanager
-def building_variants(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """A folder for each variant, that takes the place of its own when it is complete, or disappears."""
-    places = {name: folder.absolute() / f".{name}.building" for name in names}
-    try:
-        for place in places.values():
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir()
-        yield places
-    finally:
-        for place in places.values():
-            shutil.rmtree(place, ignore_errors=True)
+def building_place(folder: Path, name: str, entry: VariantCalibration) -> Path:
+    """Folder in which a variant is built, with what an interrupted run of the same has left there."""
+    place = folder.absolute() / f".{name}.building"
+    mark = place / _IDENTITY
+    if not (mark.is_file() and mark.read_text() == entry.identity):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        write_text(mark, entry.identity)
+    return place
 
 
 def put_variant(
@@ -241,6 +238,7 @@ def put_variant(
     if name in index.variants:
         _write_index(folder, index.model_copy(update={"variants": others}))
     shutil.rmtree(folder / name, ignore_errors=True)
+    (place / _IDENTITY).unlink()
     place.replace(folder / name)
     # By name: variants come when their work is done, in any order.
     ordered = dict(sorted({**index.variants, name: entry}.items()))

@@ -92,47 +92,92 @@ def check_dtype(name: str) -> None:
         raise InvalidRecipe(f"dtype {name!r}: expected {' or '.join(DTYPES)}")
 
 
-def calibrate_variant(
+def calibrate_layers(
     checkpoint: Checkpoint,
     passages: Sequence[Passage],
+    layers: range,
     keep: KeepLayer,
-    options: CalibrationOptions | None = None,
+    options: CalibrationOptions,
+    after_TD: Tensor,
+    before_TD: Tensor | None = None,
     progress: Progress | None = None,
     title: str = "calibrating",
-) -> list[float]:
-    """Run a variant over its text and hand out what each routed layer has counted.
+) -> None:
+    """Run a variant's text through some of its layers and hand out what each routed one has counted.
 
     Args:
         checkpoint: Local.
         passages: Its text, in its own tokens.
+        layers: Of a decoder neighbouring ones; of an encoder-decoder all of both stacks.
         keep: Told each layer's statistics, once in every pass over a part of the text: they are to be added
             with `LayerStatistics.add`, and with enough memory there is a single pass.
         options: See there; the number of tokens is that of the passages.
+        after_TD: Takes the hidden states behind these layers, of every token for which there is a label.
+        before_TD: Those before them; None before the first layer.
         progress: Told of the bytes of weights whose work is done.
         title: What progress calls it.
-
-    Returns:
-        Negative log-likelihood in nats of each passage, summed over the tokens it predicts.
 
     Raises:
         NotEnoughRoom: Not even one passage fits into memory.
         DamagedInput: A weight is not finite, or a file changed.
     """
-    options = options or CalibrationOptions()
     limit = pass_tokens(checkpoint, passages, options)
     passes = list(cut_passes(passages, limit))
     report = progress or Silent()
-    # What a head asks for again is not told.
-    report.start(title, len(passes) * (checkpoint.expert_bytes + checkpoint.other_bytes))
+    report.start(title, len(passes) * layers_bytes(checkpoint, layers))
     keys = _draw_keys(passages, options.seed)
-    nll: list[float] = []
+    model = build_model(checkpoint.family.arithmetic, checkpoint.settings)
+    start = 0
     with TensorReader() as reader:
         source = CheckpointSource(checkpoint, reader, DTYPES[options.dtype], report.advance)
         for first, last in passes:
             part = passages[first:last]
             own_keys = {stack: torch.cat(drawn[first:last]) for stack, drawn in keys.items()}
-            nll += _run(source, part, own_keys, options.reservoir, keep)
-    return nll
+            weights = StreamedWeights(source)
+            experts = StreamedExperts(source, model.config.activation, own_keys, options.reservoir, keep)
+            rows = slice(start, start + sum(map(len, labels_of(model, part))))
+            start = rows.stop
+            if isinstance(model, Decoder):
+                batch = build_batch([passage.token_ids for passage in part])
+                hidden_TD = model.embed(batch, weights) if before_TD is None else before_TD[rows]
+                after_TD[rows] = model.run_layers(layers, hidden_TD, batch, weights, experts)
+            else:
+                after_TD[rows] = hidden_states(model, part, weights, experts)
+
+
+def layers_bytes(checkpoint: Checkpoint, layers: range) -> int:
+    """Of the weights that `calibrate_layers` reads."""
+    blocks = tuple(f"decoder.{layer}." for layer in layers)
+    is_decoder = checkpoint.family.arithmetic != "encoder_decoder"
+    experts = [
+        part.nbytes
+        for (layer, _), parts in checkpoint.experts.items()
+        for part in parts.values()
+        if layer in layers or not is_decoder
+    ]
+    others = [
+        tensor.nbytes
+        for role, tensor in checkpoint.tensors.items()
+        if role.startswith(blocks) or (role.startswith("embedding") and not layers.start) or not is_decoder
+    ]
+    return sum(experts) + sum(others)
+
+
+def passage_nll(
+    checkpoint: Checkpoint, passages: Sequence[Passage], hidden_TD: Tensor, options: CalibrationOptions
+) -> list[float]:
+    """Negative log-likelihood in nats of each passage, summed over the tokens it predicts.
+
+    Args:
+        checkpoint: Local.
+        passages: In its own tokens.
+        hidden_TD: As `calibrate_layers` leaves them behind the last layer.
+        options: For the dtype.
+    """
+    model = build_model(checkpoint.family.arithmetic, checkpoint.settings)
+    with TensorReader() as reader:
+        source = CheckpointSource(checkpoint, reader, DTYPES[options.dtype])
+        return _nll(model, hidden_TD, labels_of(model, passages), source)
 
 
 def measure_nll(
@@ -142,16 +187,24 @@ def measure_nll(
     progress: Progress | None = None,
     title: str = "measuring",
 ) -> list[float]:
-    """As `calibrate_variant`, but for nothing but the log-likelihood."""
+    """The same in one go, where nothing is to be counted.
+
+    Raises:
+        NotEnoughRoom, DamagedInput: As `calibrate_layers`.
+    """
     limit = pass_tokens(checkpoint, passages, options)
     passes = list(cut_passes(passages, limit))
     report = progress or Silent()
     report.start(title, len(passes) * (checkpoint.expert_bytes + checkpoint.other_bytes))
+    model = build_model(checkpoint.family.arithmetic, checkpoint.settings)
     nll: list[float] = []
     with TensorReader() as reader:
         source = CheckpointSource(checkpoint, reader, DTYPES[options.dtype], report.advance)
         for first, last in passes:
-            nll += _run(source, passages[first:last], {}, 0, None)
+            part, weights = passages[first:last], StreamedWeights(source)
+            experts = StreamedExperts(source, model.config.activation, {}, 0, None)
+            hidden_TD = hidden_states(model, part, weights, experts)
+            nll += _nll(model, hidden_TD, labels_of(model, part), source)
     return nll
 
 
@@ -257,22 +310,6 @@ def _draw_keys(passages: Sequence[Passage], seed: int) -> dict[str, list[Tensor]
         stack: list(torch.split(torch.rand(sum(own), generator=generator, dtype=torch.float64), own))
         for stack, own in lengths.items()
     }
-
-
-def _run(
-    source: Source,
-    passages: Sequence[Passage],
-    keys: dict[str, Tensor],
-    reservoir: int,
-    keep: KeepLayer | None,
-) -> list[float]:
-    """One pass; the log-likelihood of each passage."""
-    checkpoint = source.checkpoint
-    model = build_model(checkpoint.family.arithmetic, checkpoint.settings)
-    weights = StreamedWeights(source)
-    experts = StreamedExperts(source, model.config.activation, keys, reservoir, keep)
-    hidden_TD = hidden_states(model, passages, weights, experts)
-    return _nll(model, hidden_TD, labels_of(model, passages), source)
 
 
 def hidden_states(

@@ -46,21 +46,38 @@ class Decoder:
             experts: Of their variants.
             keys: Written and read; None when no span has a past and nothing is to be kept.
         """
+        hidden_TD = self.embed(batch, weights)
+        return self.run_layers(range(self.config.num_layers), hidden_TD, batch, weights, experts, keys)
+
+    def embed(self, batch: Batch, weights: Weights) -> Tensor:
+        """Hidden states [T, D] of the new tokens before the first layer."""
         config = self.config
         hidden_TD = weights.embed("embedding", batch.token_ids_T)
         if config.has_embedding_norm:
             hidden_TD = weights.norm("embedding_norm", hidden_TD, config.norm_eps)
-        if config.embedding_factor != 1.0:
-            hidden_TD = hidden_TD * config.embedding_factor
+        return hidden_TD if config.embedding_factor == 1.0 else hidden_TD * config.embedding_factor
+
+    def run_layers(
+        self,
+        layers: range,
+        hidden_TD: Tensor,
+        batch: Batch,
+        weights: Weights,
+        experts: Experts,
+        keys: KeyValues | None = None,
+    ) -> Tensor:
+        """Hidden states [T, D] after neighbouring layers, from those before them; see `forward`."""
+        config = self.config
         tables = rotary_tables(batch.positions_T, config.head_size, config.rotary, hidden_TD.dtype)
         granularity = 1 if keys is None else keys.granularity
         groups = {
             window: plan_groups(batch.spans, window, granularity, hidden_TD.device, hidden_TD.dtype)
             for window in dict.fromkeys(self._windows)
         }
-        for layer_index, window in enumerate(self._windows):
+        for layer_index in layers:
             normed_TD = self._norm(f"decoder.{layer_index}.attention_norm", hidden_TD, weights)
-            added_TD = self._attention.attend(layer_index, normed_TD, weights, tables, groups[window], keys)
+            group = groups[self._windows[layer_index]]
+            added_TD = self._attention.attend(layer_index, normed_TD, weights, tables, group, keys)
             hidden_TD = torch.add(hidden_TD, added_TD, alpha=config.residual_factor)
             normed_TD = self._norm(f"decoder.{layer_index}.ffn_norm", hidden_TD, weights)
             added_TD = self._feed_forward(layer_index, normed_TD, weights, experts)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moemerge.calibration import spans
 from moemerge.calibration.calibrating import calibrate
 from moemerge.calibration.passes import CalibrationOptions
 from moemerge.checkpoint.variants import open_variants
@@ -88,16 +89,24 @@ def test_similarity_and_plan_are_those_of_the_local_engine(executor, variants, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "there"]
 
 
-def test_calibration_and_repair_are_those_of_the_local_engine(executor, variants, tmp_path):
-    paths = {name: tmp_path / f"{name}.txt" for name in NAMES}
+SETTINGS = CalibrationOptions(num_tokens=1024, window=32, reservoir=64)
+
+
+def write_texts(folder):
+    """A text for each variant."""
+    paths = {name: folder / f"{name}.txt" for name in NAMES}
     for number, path in enumerate(paths.values(), start=1):
         path.write_text(" ".join(f"{number * count} is {count} of {number}." for count in range(60)))
-    settings = CalibrationOptions(num_tokens=1024, window=32, reservoir=64)
+    return paths
+
+
+def test_calibration_and_repair_are_those_of_the_local_engine(executor, variants, tmp_path):
+    paths = write_texts(tmp_path)
     options = options_of("0.6x", "measured", within=False)
     made = {}
     for place, engine in (("here", None), ("there", executor)):
         folder = tmp_path / place
-        done = calibrate(variants, paths, folder / "calibration", settings, executor=engine)
+        done = calibrate(variants, paths, folder / "calibration", SETTINGS, executor=engine)
         statistics = TextStatistics(done.calibration, NAMES)
         merged = merge(variants, folder / "trio.moe", options, statistics=statistics, executor=engine)
         made[place] = tree(folder)
@@ -151,6 +160,20 @@ def test_merge_survives_the_loss_of_a_node(cluster, executor, variants, tmp_path
     thread.join(120)
     cluster.nodes.append(cluster.add())
     assert tree(target) == tree(tmp_path / "whole.moe")
+
+
+def test_calibration_in_spans_survives_the_loss_of_a_node(cluster, executor, variants, tmp_path, monkeypatch):
+    monkeypatch.setattr(spans, "SPAN_BYTES", 1)
+    paths = write_texts(tmp_path)
+    calibrate(variants, paths, tmp_path / "whole", SETTINGS)
+    out = tmp_path / "out"
+    thread = threading.Thread(target=lambda: calibrate(variants, paths, out, SETTINGS, executor=executor))
+    thread.start()
+    wait_until(lambda: list(out.glob(".*.building/hidden-00001")))
+    cluster.kill(cluster.nodes.pop())
+    thread.join(120)
+    cluster.nodes.append(cluster.add())
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_killed_driver_continues_and_two_are_refused(cluster, family, variants, tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from moemerge.calibration import calibrating as module
-from moemerge.calibration import passes
+from moemerge.calibration import passes, spans
 from moemerge.calibration.calibrating import calibrate
 from moemerge.calibration.folder import INDEX, layer_file, open_calibration
 from moemerge.calibration.passes import CalibrationOptions
@@ -19,6 +19,7 @@ from moemerge.errors import (
     NotFound,
     UnsupportedCheckpoint,
 )
+from moemerge.progress import Silent
 from moemerge.refs import FolderRef
 from tests.e2e.program import tree
 from tests.factories import edit_json, truncate, write_checkpoint, write_siblings
@@ -74,7 +75,7 @@ def test_variants_one_after_the_other_give_the_bytes_of_both(both, siblings, tmp
 def test_finished_variant_is_not_run_again(siblings, tmp_path, monkeypatch):
     run(siblings, tmp_path / "out", "code")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "calibrate_variant", lambda *_: pytest.fail("was run again"))
+        patch.setattr(spans, "calibrate_layers", lambda *_: pytest.fail("was run again"))
         done = run(siblings, tmp_path / "out", "code")
     assert done.reused == ("code",)
     other = CalibrationOptions(num_tokens=384, reservoir=16)
@@ -84,23 +85,100 @@ def test_finished_variant_is_not_run_again(siblings, tmp_path, monkeypatch):
     assert calibrate(variants_of(siblings, "code"), paths, tmp_path / "out", other).reused == ()
 
 
-def test_interrupted_run_keeps_finished_variants(siblings, both, tmp_path, monkeypatch):
-    real = module.calibrate_variant
+@pytest.fixture
+def spans_of_one_layer(monkeypatch):
+    monkeypatch.setattr(spans, "SPAN_BYTES", 1)
 
-    def fail_on_law(checkpoint, *arguments):
-        real(checkpoint, *arguments)
-        if checkpoint.label.endswith("law"):
+
+def test_spans_give_the_bytes_of_the_whole(siblings, both, tmp_path, spans_of_one_layer):
+    assert len(spans.cut_spans(variants_of(siblings, "code").first)) == 2
+    done = run(siblings, tmp_path / "out", "code", "law")
+    assert tree(tmp_path / "out") == tree(both.folder)
+    assert done.calibration.index == both.index
+
+
+@pytest.mark.parametrize("lost", ["while it ran", "when it was done"])
+def test_interrupted_run_goes_on_where_it_was(
+    siblings, both, tmp_path, monkeypatch, spans_of_one_layer, lost
+):
+    real, begun = spans.calibrate_layers, []
+
+    def fail_in_the_last(checkpoint, passages, layers, *arguments):
+        begun.append((checkpoint.label.rpartition("/")[2], layers.start))
+        real(checkpoint, passages, layers, *arguments)
+        if begun[-1] == ("law", 1) and lost == "while it ran":
             raise KeyboardInterrupt
-        return [0.0]
+
+    def fail_at_the_end(*_):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "calibrate_variant", fail_on_law)
+        patch.setattr(spans, "calibrate_layers", fail_in_the_last)
+        if lost == "when it was done":
+            patch.setattr(module, "measure_sensitivity", fail_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            run(siblings, tmp_path / "out", "code", "law")
+    assert begun == [("code", 0), ("law", 0), ("code", 1), ("law", 1)]
+    again = []
+
+    def count(*arguments):
+        again.append(arguments[2].start)
+        real(*arguments)
+
+    monkeypatch.setattr(spans, "calibrate_layers", count)
+    run(siblings, tmp_path / "out", "code", "law")
+    assert again == ([1] if lost == "while it ran" else [])
+    assert tree(tmp_path / "out") == tree(both.folder)
+
+
+def test_finished_variants_stay_when_another_is_interrupted(siblings, both, tmp_path, monkeypatch):
+    real = module.measure_sensitivity
+
+    def fail_on_law(checkpoint, *arguments):
+        if checkpoint.label.endswith("law"):
+            raise KeyboardInterrupt
+        return real(checkpoint, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "measure_sensitivity", fail_on_law)
         with pytest.raises(KeyboardInterrupt):
             run(siblings, tmp_path / "out", "code", "law")
     assert list(open_calibration(tmp_path / "out").index.variants) == ["code"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [INDEX, "code"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".law.building", INDEX, "code"]
     assert run(siblings, tmp_path / "out", "code", "law").reused == ("code",)
-    assert tree(tmp_path / "out" / "law") == tree(both.folder / "law")
+    assert tree(tmp_path / "out") == tree(both.folder)
+
+
+def test_span_done_again_counts_once(siblings, both, tmp_path):
+    """As on a cluster whose node is lost: what it has left is neither added to nor begun with."""
+    variants = variants_of(siblings, "law")
+    passages = both.passages("law").counted
+    layers = spans.cut_spans(variants.first)[0]
+    place = tmp_path / "place"
+    place.mkdir()
+    arguments = (variants.first, passages, layers, place, OPTIONS, "law", Silent())
+    spans.calibrate_span(*arguments)
+    shutil.copy(place / layer_file(0), tmp_path / "first")
+    (place / "hidden-00002").rename(place / "hidden-00002.lost")
+    spans.calibrate_span(*arguments)
+    spans.calibrate_span(*arguments)
+    assert (place / layer_file(0)).read_bytes() == (tmp_path / "first").read_bytes()
+    assert (place / layer_file(0)).read_bytes() == (both.folder / "law" / layer_file(0)).read_bytes()
+
+
+def test_what_an_interrupted_run_left_is_not_used_for_another(siblings, both, tmp_path, spans_of_one_layer):
+    place = tmp_path / "out" / ".code.building"
+    place.mkdir(parents=True)
+    (place / "hidden-00002").write_bytes(b"stale")
+    run(siblings, tmp_path / "out", "code")
+    assert tree(tmp_path / "out" / "code") == tree(both.folder / "code")
+    place.mkdir()
+    entry = both.index.variants["law"]
+    (tmp_path / "out" / ".law.building").mkdir()
+    (tmp_path / "out" / ".law.building" / "identity.json").write_text(entry.identity)
+    (tmp_path / "out" / ".law.building" / "hidden-00001").write_bytes(b"cut short")
+    with pytest.raises(DamagedInput, match="not the hidden states"):
+        run(siblings, tmp_path / "out", "law")
 
 
 def test_several_passes_are_added_on_disk(siblings, both, tmp_path, monkeypatch):

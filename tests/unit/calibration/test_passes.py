@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from moemerge.calibration import passes
-from moemerge.calibration.passes import CalibrationOptions, calibrate_variant, mean_nll, measure_nll
+from moemerge.calibration.passes import (
+    CalibrationOptions,
+    calibrate_layers,
+    mean_nll,
+    measure_nll,
+    passage_nll,
+)
 from moemerge.calibration.random_inputs import random_statistics
+from moemerge.calibration.spans import cut_spans
 from moemerge.calibration.statistics import SCALARS
 from moemerge.calibration.texts import Passage
 from moemerge.checkpoint.checkpoint import open_checkpoint
@@ -52,7 +59,12 @@ def calibrate(tiny, **options):
             kept[layer_index] = layer
 
     chosen = CalibrationOptions(reservoir=RESERVOIR, **options)
-    return kept, calibrate_variant(tiny.checkpoint, tiny.passages, keep, chosen)
+    checkpoint, passages = tiny.checkpoint, tiny.passages
+    num_tokens = sum(len(passage.target_ids or passage.token_ids) for passage in passages)
+    after = torch.empty(num_tokens, checkpoint.settings["hidden_size"])
+    (layers,) = cut_spans(checkpoint)
+    calibrate_layers(checkpoint, passages, layers, keep, chosen, after)
+    return kept, passage_nll(checkpoint, passages, after, chosen)
 
 
 def run_in_memory(tiny, passage, observer):
