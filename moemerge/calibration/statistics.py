@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from moemerge.models.products import matmul
+
 SAMPLE_DTYPE = torch.bfloat16
 
 
@@ -85,7 +87,7 @@ class SlotStatistics:
         self.output_square_sum += float((gates * norms).square().sum())
         self.output_max = max(self.output_max, float(outputs_TD.abs().max()))
         gated_TD = inputs_TD.float() * gates_T.unsqueeze(1)
-        self.moment_DD.addmm_(gated_TD.T, gated_TD)
+        self.moment_DD += matmul(gated_TD.T, gated_TD)
         self._sample(inputs_TD, gates_T, keys_T)
 
     def add(self, other: "SlotStatistics") -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moemerge.models.products import matmul, multiply
 from moemerge.similarity.threads import one_thread
 
 RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)
@@ -59,11 +60,11 @@ def refit_matrix(
     fitted_TD, judged_TD = inputs_TD[~judged_T], inputs_TD[judged_T]
     wanted_JN = wanted_TN[judged_T]
     own = own_ND.float()
-    missing_TN = wanted_TN[~judged_T] - fitted_TD @ own.T
-    gram_DD = (fitted_TD.T @ fitted_TD).double()
-    cross_DN = (fitted_TD.T @ missing_TN).double()
+    missing_TN = wanted_TN[~judged_T] - multiply(fitted_TD, own)
+    gram_DD = matmul(fitted_TD.T, fitted_TD).double()
+    cross_DN = matmul(fitted_TD.T, missing_TN).double()
     scale = float(gram_DD.diagonal().mean())
-    best, least = None, miss(judged_TD @ own.T, wanted_JN)
+    best, least = None, miss(multiply(judged_TD, own), wanted_JN)
     if not scale > 0:
         return None
     for ridge in ridges:
@@ -75,7 +76,7 @@ def refit_matrix(
                 break
             change_ND = torch.cholesky_solve(cross_DN, factor).T.float()
         matrix_ND = (own + change_ND).to(own_ND.dtype)
-        found = miss(judged_TD @ matrix_ND.float().T, wanted_JN)
+        found = miss(multiply(judged_TD, matrix_ND.float()), wanted_JN)
         if found < least:
             best, least = matrix_ND, found
     return best

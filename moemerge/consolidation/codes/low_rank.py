@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moemerge.consolidation.codes.moments import Moment
 from moemerge.models.packed import LowRank
+from moemerge.models.products import matmul
 from moemerge.similarity.threads import one_thread
 
 FACTOR_DTYPE = torch.bfloat16
@@ -34,7 +35,7 @@ def factorise(matrix: Tensor, rank: int, moment: Moment | None = None) -> LowRan
         return _factors(left, values, right)
     roots = [torch.linalg.cholesky(block) for block in moment.damped().blocks]
     columns = moment.slices()
-    whitened = torch.cat([matrix[:, c] @ root for c, root in zip(columns, roots, strict=True)], dim=1)
+    whitened = torch.cat([matmul(matrix[:, c], root) for c, root in zip(columns, roots, strict=True)], dim=1)
     left, values, right = _truncated(whitened, rank)
     pieces = [
         torch.linalg.solve_triangular(root, right[:, c], upper=False, left=False)

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moemerge.models.products import matmul
 from moemerge.similarity.threads import one_thread
 
 BLOCK_COLUMNS = 1024
@@ -76,7 +77,7 @@ class Moment:
         """Weighted sums of products of `one x` and `other x`, for matrices [N, D]."""
         sums = [0.0] * len(others)
         for columns, block in zip(self.slices(), self.blocks, strict=True):
-            product = one[:, columns] @ block
+            product = matmul(one[:, columns], block)
             for number, other in enumerate(others):
                 sums[number] += float((product * other[:, columns]).sum(dim=1).sum())
         return sums
@@ -87,7 +88,7 @@ def moment_of_rows(inputs_SD: Tensor, weights_S: Tensor) -> Moment:
     inputs_SD = inputs_SD.float()
     weighted_SD = inputs_SD * weights_S.float().unsqueeze(1)
     stretches = [slice(start, start + BLOCK_COLUMNS) for start in range(0, inputs_SD.shape[1], BLOCK_COLUMNS)]
-    return Moment(tuple(inputs_SD[:, columns].T @ weighted_SD[:, columns] for columns in stretches))
+    return Moment(tuple(matmul(inputs_SD[:, columns].T, weighted_SD[:, columns]) for columns in stretches))
 
 
 def moment_of_matrix(moment_DD: Tensor) -> Moment:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moemerge.consolidation.codes.moments import Moment
 from moemerge.models.packed import PackedMatrix, pack_codes
+from moemerge.models.products import matmul
 
 SCALE_DTYPE = torch.bfloat16
 _COARSE_CLIPS = (1.0, 0.8, 0.6)
@@ -194,7 +195,9 @@ class _Feedback:
         middle = first + unit * -(-(last - first) // (2 * unit))
         self._round(first, middle, group, scale_BN)
         passed_on = self._feedback_BWW[:, first:middle, middle:last].mT
-        self._rest_BWN[:, middle:last].baddbmm_(passed_on, self._errors_BWN[:, first:middle], alpha=-1)
+        rests, errors = self._rest_BWN[:, middle:last], self._errors_BWN[:, first:middle]
+        for rest_WN, factors_WW, errors_WN in zip(rests, passed_on, errors, strict=True):
+            rest_WN.sub_(matmul(factors_WW, errors_WN))
         self._round(middle, last, group, scale_BN)
 
     def _round_columns(self, first: int, last: int, scale_BN: Tensor) -> None:
