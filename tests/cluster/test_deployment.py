@@ -47,7 +47,7 @@ class Client:
     def complete(self, model, **more):
         """Status and body of a completion."""
         try:
-            with self._open(model, **more) as answer:
+            with self.open(model, **more) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
@@ -55,14 +55,18 @@ class Client:
     def stream(self, model, on_first, **more):
         """All events of a streamed completion."""
         events = []
-        with self._open(model, stream=True, **more) as answer:
+        with self.open(model, stream=True, **more) as answer:
             for line in answer:
                 if line.startswith(b"data: {"):
                     events.append(json.loads(line.removeprefix(b"data: ")))
                     on_first()
         return events
 
-    def _open(self, model, **more):
+    def beside(self, name):
+        """Of another bundle."""
+        return Client(f"{self._base.rpartition('/')[0]}/{name}")
+
+    def open(self, model, **more):
         body = {"model": model, "prompt": "1 + 1 =", "temperature": 0, "max_tokens": 8, **more}
         request = urllib.request.Request(
             f"{self._base}/v1/completions",
@@ -211,3 +215,29 @@ def test_undeployed_bundle_is_gone_and_unknown_names_change_nothing(client, clus
     assert deployment.served_names() == []
     with pytest.raises(urllib.error.HTTPError, match="404"):
         client.get("v1/models")
+
+
+def test_replicas_follow_queued_tokens(client, executor, tmp_path, monkeypatch):
+    """Last in this file: by then the processors of the others are free."""
+    from moemerge.distributed import deployment
+
+    monkeypatch.setattr(deployment, "GROW_AFTER_S", 1.0)
+    monkeypatch.setattr(deployment, "SHRINK_AFTER_S", 2.0)
+    bundle = build(tmp_path, NAMES[:1]).rename(tmp_path / "growing.moe")
+    options = deployment.DeployOptions(
+        min_replicas=1, max_replicas=2, engine=EngineOptions(max_batch=2), threads=1
+    )
+    name = deployment.deploy(executor.cluster, bundle, options)
+
+    def count():
+        return len(deployment.states_of(name))
+
+    assert count() == 1
+    busy = client.beside(name)
+    with busy.open("code", stream=True, n=80, max_tokens=480, ignore_eos=True):
+        # More tokens than one replica is to have waiting.
+        wait_until(lambda: count() == 2, seconds=120)
+    # Whoever stops reading asks for nothing any more.
+    wait_until(lambda: count() == 1, seconds=120)
+    assert busy.complete("code")[0] == 200
+    deployment.withdraw([name])
