@@ -4,7 +4,9 @@ Shapes: S inputs, D model width.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -15,35 +17,60 @@ from moemerge.similarity.replacement import gated_replacement_error
 Parts = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExpertPass:
-    """An expert on inputs.
+    """An expert on inputs; what its last matrix gives is computed when it is asked for.
 
     Attributes:
-        output_SD: What it gives.
-        inputs: What each part was multiplied with, [S, columns of the part].
+        weights: Its parts.
+        inputs: What each matrix is multiplied with, [S, columns of the matrix], the last one at the end.
     """
 
-    output_SD: Tensor
+    weights: OneVariant
     inputs: dict[str, Tensor]
+
+    @property
+    def last(self) -> str:
+        """Name of the last matrix."""
+        return next(reversed(self.inputs))
+
+    @cached_property
+    def output_SD(self) -> Tensor:
+        """What the expert gives."""
+        return self.output(slice(None))
+
+    def output(self, some: slice) -> Tensor:
+        """What it gives for some of the inputs."""
+        output_SD = self.weights.linear(self.last, self.inputs[self.last][some])
+        bias = f"{self.last}_bias"
+        return self.weights.add(bias, output_SD) if bias in self.weights else output_SD
+
+
+class _AtLastMatrix(Exception):
+    """Nothing but the last product is left to do."""
 
 
 class _Watched(OneVariant):
-    """Weights that keep what they are multiplied with."""
+    """Weights that keep what they are multiplied with, and stop before the last product."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.inputs: dict[str, Tensor] = {}
+        self._last = [part for part, matrix in parts.items() if matrix.ndim == 2][-1]
 
     def linear(self, role: str, hidden_TD: Tensor) -> Tensor:
         self.inputs[role] = hidden_TD
+        if role == self._last:
+            raise _AtLastMatrix
         return super().linear(role, hidden_TD)
 
 
 def run_expert(parts: Parts, activation: Activation, inputs_SD: Tensor) -> ExpertPass:
     """Compute an expert in the dtype of the inputs."""
     watched = _Watched(parts)
-    return ExpertPass(ACTIVATIONS[activation](watched, "", inputs_SD), watched.inputs)
+    with suppress(_AtLastMatrix):
+        ACTIVATIONS[activation](watched, "", inputs_SD)
+    return ExpertPass(OneVariant(parts), watched.inputs)
 
 
 def replacement_error(

@@ -40,7 +40,8 @@ class Slot:
 
     def cluster(self, numbers: Members) -> Cluster:
         """Some of the variants' experts, to be merged."""
-        return Cluster([self.members[number] for number in numbers], self.base, self.seed)
+        members = [self.members[number] for number in numbers]
+        return Cluster(members, self.base, self.seed, reference=self.members[0])
 
     def damage(
         self, number: int, parts: Parts, num_inputs: int | None = None, instead_of: Parts | None = None

@@ -65,10 +65,18 @@ class Member:
                 moments[id(inputs)] = moment_of_rows(inputs, weights_S)
         return {part: moments[id(inputs)] for part, inputs in self.own.inputs.items()}
 
+    def products(self, reference: "Member") -> dict[str, Tensor]:
+        """What every matrix has beyond that of another expert, times the moment of its inputs; kept."""
+        if id(reference) not in self._products:
+            self._products[id(reference)] = {
+                part: weighted(self.matrices[part] - reference.matrices[part], moment)
+                for part, moment in self.moments.items()
+            }
+        return self._products[id(reference)]
+
     @cached_property
-    def products(self) -> dict[str, Tensor]:
-        """Every matrix times the moment of its inputs."""
-        return {part: weighted(self.matrices[part], moment) for part, moment in self.moments.items()}
+    def _products(self) -> dict[int, dict[str, Tensor]]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -79,11 +87,15 @@ class Cluster:
         members: At least one.
         base: Parts of the base's expert in that slot, when there is a base.
         seed: For operators that draw.
+        reference: An expert close to the members, one of them or not, the same for clusters that have
+            members in common: what is computed of them is computed of their differences to it. The first
+            member by default.
     """
 
     members: Sequence[Member]
     base: Mapping[str, Tensor] | None = None
     seed: int = 0
+    reference: Member | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -99,8 +111,12 @@ class Cluster:
         """By part; see `operators.regmean`. Biases, which no input multiplies, are averaged."""
         totals = add_part_moments([member.moments for member in self.members])
         means = {id(total): RegressionMean(total) for total in totals.values()}
+        reference = self.reference or self.members[0]
+        products = [member.products(reference) for member in self.members if member is not reference]
         return {
-            part: means[id(totals[part])].of(self.stack(part), [m.products[part] for m in self.members])
+            part: means[id(totals[part])].of(
+                reference.matrices[part], self.stack(part), [product[part] for product in products]
+            )
             if part in totals
             else torch.stack(self.stack(part)).mean(dim=0)
             for part in self.parts

@@ -21,12 +21,12 @@ def refit(cluster: Cluster) -> dict[str, Tensor]:
     Source: the output matching of MergeMoE (arXiv:2510.14436).
     """
     merged = dict(cluster.regression_means)
-    last = list(cluster.members[0].own.inputs)[-1]
+    last = cluster.members[0].own.last
     hidden, wanted, weights = [], [], []
     for member in cluster.members:
         gates_S = member.gates_S[:_INPUTS]
         hidden.append(run_expert(merged, member.activation, member.inputs_SD[:_INPUTS]).inputs[last])
-        wanted.append(member.own.output_SD[:_INPUTS] - merged.get(f"{last}_bias", 0.0))
+        wanted.append(member.own.output(slice(_INPUTS)) - merged.get(f"{last}_bias", 0.0))
         weights.append(gates_S.square() * (member.weight / max(1, len(gates_S))))
     merged[last] = ridge(torch.cat(hidden), torch.cat(wanted), merged[last], torch.cat(weights))
     return merged

@@ -107,6 +107,23 @@ def test_regmean_of_disjoint_inputs_takes_each_column_from_who_uses_it():
         assert (made[:, columns] - own).norm() < 0.2 * (made[:, columns] - other).norm()
 
 
+@pytest.mark.parametrize("outside", [False, True], ids=["reference-inside", "reference-outside"])
+def test_regmean_is_least_squares_whatever_differences_are_taken_to(outside):
+    first, *others = cluster(4).members
+    members = others if outside else [first, *others]
+    made = OPERATORS["regmean"].make(Cluster(members, reference=first))
+    for part in ("gate", "up", "down"):
+        moments = [one.moments[part].blocks[0].double() for one in members]
+        matrices = [one.matrices[part].double() for one in members]
+        damping = 0.01 * sum(moments).diagonal().mean()
+        target = sum(matrix @ moment for matrix, moment in zip(matrices, moments, strict=True))
+        target += damping * sum(matrices) / len(matrices)
+        whole = sum(moments) + damping * torch.eye(len(moments[0]))
+        torch.testing.assert_close(
+            made[part].double(), target @ torch.linalg.inv(whole), rtol=1e-4, atol=1e-6
+        )
+
+
 def test_trimming_keeps_the_largest_share():
     delta = torch.tensor([[0.1, -5.0], [3.0, 0.2]])
     assert torch.equal(trim(delta, 0.5), torch.tensor([[0.0, -5.0], [3.0, 0.0]]))
