@@ -44,8 +44,10 @@ def multiply(hidden_TD: Tensor, matrix: Tensor | Multiplied) -> Tensor:
         return matrix.multiply(hidden_TD)
     if matrix.dtype != hidden_TD.dtype:
         matrix = (matrix if matrix.layout == torch.strided else matrix.to_dense()).to(hidden_TD.dtype)
-    if matrix.layout == torch.strided and not _is_for_onednn(hidden_TD, matrix):
-        return functional.linear(hidden_TD, matrix)
+    if matrix.layout == torch.strided:
+        if not _is_for_onednn(hidden_TD, matrix):
+            return functional.linear(hidden_TD, matrix)
+        hidden_TD, matrix = _compact(hidden_TD), _compact(matrix)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_TD, matrix, None, "none", [], "")
     return product
 
@@ -64,3 +66,8 @@ def _is_for_onednn(hidden_TD: Tensor, matrix: Tensor) -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and not (torch.is_grad_enabled() and (hidden_TD.requires_grad or matrix.requires_grad))
     )
+
+
+def _compact(matrix: Tensor) -> Tensor:
+    """A view that is part of a larger matrix is copied: for some oneDNN has nothing but a slow loop."""
+    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()

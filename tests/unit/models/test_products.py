@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from moemerge.models import can_pack, multiply, pack
+from moemerge.models import products as module
+from moemerge.models.products import matmul
 
 CPU = torch.device("cpu")
 needs_packing = pytest.mark.skipif(
@@ -56,3 +58,24 @@ def test_the_product_is_computed_in_the_dtype_of_the_rows(arrange):
     product = multiply(hidden.float(), arrange(matrix))
     assert product.dtype == torch.float32
     torch.testing.assert_close(product, hidden.float() @ matrix.float().T)
+
+
+@pytest.mark.parametrize("shape", [(64, 320, 256), (3, 16, 8), (0, 320, 256)])
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_products_in_float32_have_all_digits_whoever_computes_them(shape, has_onednn, monkeypatch):
+    num_rows, inner, num_columns = shape
+    monkeypatch.setattr(module, "_LEAST_PRODUCTS", 64 * 320 * 256 if has_onednn else 2**60)
+    generator = torch.Generator().manual_seed(1)
+    # Views, as blocks of larger matrices are.
+    left = torch.randn(inner, num_rows, generator=generator).T
+    right = torch.randn(inner, 2 * num_columns, generator=generator)[:, num_columns:]
+    exact = (left.double() @ right.double()).float()
+    torch.testing.assert_close(matmul(left, right), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(multiply(left, right.T), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_go_through_large_products():
+    left = torch.randn(64, 320)
+    matrix = torch.randn(256, 320, requires_grad=True)
+    multiply(left, matrix).sum().backward()
+    torch.testing.assert_close(matrix.grad, left.sum(dim=0).expand(256, -1))
