@@ -6,10 +6,10 @@ Shapes: S inputs, D model width.
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
+from moemerge.consolidation.cached import CachedProperty
 from moemerge.models import Activation, OneVariant
 from moemerge.models.experts import ACTIVATIONS
 from moemerge.similarity.replacement import gated_replacement_error
@@ -34,7 +34,7 @@ class ExpertPass:
         """Name of the last matrix."""
         return next(reversed(self.inputs))
 
-    @cached_property
+    @CachedProperty
     def output_SD(self) -> Tensor:
         """What the expert gives."""
         return self.output(slice(None))

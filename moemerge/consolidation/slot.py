@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moemerge.consolidation.codes.rounding import round_nearest
+from moemerge.consolidation.codes.rounding import round_plainly
 from moemerge.consolidation.forward import replacement_error, run_expert
 from moemerge.consolidation.operators import Cluster, Member
 
@@ -66,6 +66,5 @@ def probe(slot: Slot, number: int) -> float:
     member = slot.members[number]
     rounded = dict(member.matrices)
     for part in member.moments:
-        matrix = member.matrices[part]
-        rounded[part] = round_nearest(matrix, _PROBE_BITS, _PROBE_GROUP, search=False).dense()
+        rounded[part] = round_plainly(member.matrices[part], _PROBE_BITS, _PROBE_GROUP)
     return slot.damage(number, rounded)

@@ -8,13 +8,13 @@ Shapes: S rows of inputs, D columns of the matrix, B columns of a block.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from moemerge.consolidation.cached import CachedProperty
+from moemerge.consolidation.inverses import upper_root_of_inverse
 from moemerge.models.products import matmul
-from moemerge.similarity.threads import one_thread
 
 BLOCK_COLUMNS = 1024
 _DAMPING = 0.05
@@ -42,7 +42,7 @@ class Moment:
         stops = torch.tensor([len(block) for block in self.blocks]).cumsum(0).tolist()
         return [slice(stop - len(block), stop) for stop, block in zip(stops, self.blocks, strict=True)]
 
-    @cached_property
+    @CachedProperty
     def feedback(self) -> list[tuple[slice, Tensor]]:
         """What an error in a column is to change in later ones, for stretches of blocks of one size.
 
@@ -50,7 +50,7 @@ class Moment:
         """
         groups: dict[int, list[Tensor]] = {}
         for block in self.damped().blocks:
-            groups.setdefault(len(block), []).append(_inverse_root(block))
+            groups.setdefault(len(block), []).append(upper_root_of_inverse(block))
         found, start = [], 0
         for size, factors in groups.items():
             found.append((slice(start, start + size * len(factors)), torch.stack(factors)))
@@ -113,11 +113,3 @@ def add_part_moments(members: Sequence[Mapping[str, Moment]]) -> dict[str, Momen
             sums[same] = add_moments([moments[part] for moments in members])
         found[part] = sums[same]
     return found
-
-
-@one_thread()
-def _inverse_root(block: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(block))
-    root: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return root

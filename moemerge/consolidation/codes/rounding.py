@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moemerge.consolidation.codes.moments import Moment
 from moemerge.models.packed import PackedMatrix, pack_codes
@@ -31,22 +32,37 @@ _LONGEST = 1.5
 """Signs of normal numbers ask for 1.57. Codes that ask for twice as much would be no better than none."""
 
 
-def round_nearest(matrix: Tensor, bits: int, group: int, *, search: bool = True) -> PackedMatrix:
+def round_nearest(matrix: Tensor, bits: int, group: int) -> PackedMatrix:
     """The nearest codes.
 
     Args:
         matrix: [N, D], float32.
         bits: Of a code.
         group: Columns that share a scale.
-        search: Whether outermost values may be clipped; otherwise scales reach to the largest.
     """
     scales, codes = [], []
     for start in range(0, matrix.shape[1], group):
         values_CN = matrix[:, start : start + group].T.contiguous()
-        scale_N = choose_scale(values_CN, bits, torch.ones(len(values_CN)), search=search)
+        scale_N = choose_scale(values_CN, bits, torch.ones(len(values_CN)))
         codes.append(_nearest(values_CN, scale_N, bits).to(torch.uint8))
         scales.append(scale_N)
     return _packed(torch.cat(codes), torch.stack(scales), bits, group)
+
+
+def round_plainly(matrix: Tensor, bits: int, group: int) -> Tensor:
+    """What the nearest codes give back where scales reach to the largest entries, [N, D]; nothing is packed.
+
+    Args:
+        matrix: [N, D], float32.
+        bits: Of a code, more than one.
+        group: Columns that share a scale.
+    """
+    num_columns, half = matrix.shape[1], 2 ** (bits - 1)
+    values_NGC = functional.pad(matrix, (0, -num_columns % group)).view(len(matrix), -1, group)
+    scale_NG1 = values_NGC.abs().amax(dim=2, keepdim=True) / (half - 0.5)
+    scale_NG1 = scale_NG1.clamp_min_(_SMALLEST_SCALE).to(SCALE_DTYPE).float()
+    codes_NGC: Tensor = (values_NGC * scale_NG1.reciprocal()).floor_().clamp_(-half, half - 1)
+    return codes_NGC.add_(0.5).mul_(scale_NG1).flatten(1)[:, :num_columns]
 
 
 def round_with_feedback(matrix: Tensor, bits: int, group: int, moment: Moment) -> PackedMatrix:
@@ -112,14 +128,13 @@ def restore_length(coded: PackedMatrix, matrix: Tensor, moment: Moment) -> Packe
     return replace(coded, scales=(coded.scales.float() * stretch).to(SCALE_DTYPE))
 
 
-def choose_scale(values_CN: Tensor, bits: int, importance_C: Tensor, *, search: bool = True) -> Tensor:
+def choose_scale(values_CN: Tensor, bits: int, importance_C: Tensor) -> Tensor:
     """The scale [N] of each row with the least weighted square error, as it will be stored.
 
     Args:
         values_CN: Columns that share a scale, [..., C, N].
         bits: Of a code.
         importance_C: What an error of a column weighs, [..., C].
-        search: Whether outermost values may be clipped.
     """
     reached = importance_C.any(dim=-1, keepdim=True)
     # A group whose columns no input reaches is rounded as if all did.
@@ -128,8 +143,6 @@ def choose_scale(values_CN: Tensor, bits: int, importance_C: Tensor, *, search: 
         mean_N = (weight_1C @ values_CN.abs()).squeeze(-2) / weight_1C.sum(dim=-1)
         return torch.mul(mean_N, 2).clamp_min(_SMALLEST_SCALE).to(SCALE_DTYPE)
     widest_N: Tensor = values_CN.abs().amax(dim=-2) / (2 ** (bits - 1) - 0.5)
-    if not search:
-        return widest_N.clamp_min(_SMALLEST_SCALE).to(SCALE_DTYPE)
     found = _ScaleSearch(values_CN, weight_1C, widest_N, bits)
     clips, steps = (
         (_COARSE_CLIPS, _FINER_STEPS) if bits < _MANY_BITS else (_MANY_BITS_CLIPS, _MANY_BITS_STEPS)

@@ -5,11 +5,11 @@ Shapes: S inputs, D model width.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from moemerge.consolidation.cached import CachedProperty
 from moemerge.consolidation.codes.moments import (
     Moment,
     add_part_moments,
@@ -42,17 +42,17 @@ class Member:
     weight: float = 1.0
     moment_DD: Tensor | None = None
 
-    @cached_property
+    @CachedProperty
     def matrices(self) -> dict[str, Tensor]:
         """The parts in float32."""
         return {part: matrix.float() for part, matrix in self.parts.items()}
 
-    @cached_property
+    @CachedProperty
     def own(self) -> ExpertPass:
         """The expert on its own inputs."""
         return run_expert(self.matrices, self.activation, self.inputs_SD)
 
-    @cached_property
+    @CachedProperty
     def moments(self) -> dict[str, Moment]:
         """Second moment of what each matrix is multiplied with, weighted by squared gates and `weight`."""
         weights_S = self.gates_S.square() * (self.weight / max(1, len(self.gates_S)))
@@ -74,7 +74,7 @@ class Member:
             }
         return self._products[id(reference)]
 
-    @cached_property
+    @CachedProperty
     def _products(self) -> dict[int, dict[str, Tensor]]:
         return {}
 
@@ -106,7 +106,7 @@ class Cluster:
         """A matrix of every member, float32."""
         return [member.matrices[part] for member in self.members]
 
-    @cached_property
+    @CachedProperty
     def regression_means(self) -> dict[str, Tensor]:
         """By part; see `operators.regmean`. Biases, which no input multiplies, are averaged."""
         totals = add_part_moments([member.moments for member in self.members])

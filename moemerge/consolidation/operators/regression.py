@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moemerge.consolidation.codes.moments import Moment
+from moemerge.consolidation.inverses import inverse
 from moemerge.models.products import matmul, multiply
 from moemerge.similarity.threads import one_thread
 
@@ -28,7 +29,9 @@ class RegressionMean:
     def __init__(self, total: Moment) -> None:
         self._columns = total.slices()
         self._damping = float(total.diagonal().mean()) * _DAMPING
-        self._inverses = [_inverse(block, self._damping) for block in total.blocks] if self._damping else []
+        self._inverses = [
+            inverse(block + torch.eye(len(block)) * self._damping) for block in total.blocks if self._damping
+        ]
 
     def of(self, reference: Tensor, matrices: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
         """Of matrices [N, D] that are given those inputs.
@@ -45,7 +48,7 @@ class RegressionMean:
         for product in products:
             target += product
         blocks = zip(self._columns, self._inverses, strict=True)
-        found = torch.cat([matmul(target[:, columns], inverse) for columns, inverse in blocks], dim=1)
+        found = torch.cat([matmul(target[:, columns], inverted) for columns, inverted in blocks], dim=1)
         return found.add_(reference)
 
 
@@ -77,8 +80,3 @@ def ridge(inputs_SD: Tensor, wanted_SN: Tensor, start_ND: Tensor, weights_S: Ten
 @one_thread()
 def _solved(gram: Tensor, target: Tensor) -> Tensor:
     return torch.cholesky_solve(target, torch.linalg.cholesky(gram))
-
-
-@one_thread()
-def _inverse(block: Tensor, damping: float) -> Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(block + torch.eye(len(block)) * damping))

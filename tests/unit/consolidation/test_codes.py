@@ -14,6 +14,7 @@ from moemerge.consolidation.codes.rounding import (
     choose_scale,
     restore_length,
     round_nearest,
+    round_plainly,
     round_together,
     round_with_feedback,
 )
@@ -200,3 +201,17 @@ def test_codes_that_have_nothing_of_their_matrix_are_left_alone():
     matrix = draw(ROWS, COLUMNS)
     coded = round_nearest(-matrix, 4, 32)
     assert restore_length(coded, matrix, correlated()) is coded
+
+
+@pytest.mark.parametrize("group", [16, 64, 96])
+def test_plain_rounding_keeps_the_largest_and_misses_by_half_a_step(group):
+    matrix = torch.randn(6, 96, generator=torch.Generator().manual_seed(1))
+    matrix[2] = 0
+    found = round_plainly(matrix, 4, group)
+    assert found.shape == matrix.shape
+    for start in range(0, 96, group):
+        own, rounded = matrix[:, start : start + group], found[:, start : start + group]
+        step = own.abs().amax(dim=1, keepdim=True) / 7.5
+        # Scales are stored in bfloat16.
+        assert ((own - rounded).abs() <= step * (0.5 + 8 * 2**-8) + 1e-20).all()
+        assert (rounded.div(step.clamp_min(1e-20)).abs() < 7.6).all()
