@@ -44,6 +44,15 @@ class Gate:
             found.append(f"variants keep {mean:.4f} of what they gained on average, asked for {self.mean:g}")
         return found
 
+    def has_slack(self, kept: Mapping[str, float], spared: float) -> bool:
+        """Whether so large a share of what may be lost is not lost, wherever something is asked for."""
+        lost, most = [1 - share for share in kept.values()], []
+        if self.floor is not None:
+            most.append(max(lost) / (1 - self.floor))
+        if self.mean is not None:
+            most.append(statistics.fmean(lost) / (1 - self.mean))
+        return bool(most) and max(most) < 1 - spared
+
     def excess(self, lost: Mapping[str, float]) -> float:
         """By how much the shares that variants lose are more than is let through; 0 when they are not."""
         found = [0.0]

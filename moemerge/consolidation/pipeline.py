@@ -20,6 +20,7 @@ from moemerge.checkpoint.fingerprint import fingerprint
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
+from moemerge.consolidation.budget import LEAST
 from moemerge.consolidation.evidence import LayerRecord
 from moemerge.consolidation.finishing import Outcome, finish
 from moemerge.consolidation.gate import Gate, check_gate
@@ -123,6 +124,7 @@ def merge(
                 staging=staging,
                 target=target,
                 asked=asked,
+                is_least=isinstance(decide, PlanOptions) and decide.budget == LEAST,
                 max_ram=max_ram,
                 report=report,
                 executor=executor,

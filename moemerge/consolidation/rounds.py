@@ -31,6 +31,8 @@ from moemerge.progress import Progress
 
 MORE_ROUNDS = 2
 """Plans that are tried after the first one."""
+_SLACK = 0.2
+"""Of what may be lost: when it is not lost, fewer bytes are tried."""
 _EVEN = 1.25
 """The worst variant may lose so much more than the mean."""
 _PAST = 1.1
@@ -47,12 +49,14 @@ class Lessons:
     Attributes:
         correction, emphasis: See `spending.Prices`.
         score: Of the round that emphasis was learnt from.
+        is_less: Fewer bytes are tried than those of a round that was let through.
         why: There is to be another round, for the log.
     """
 
     correction: Mapping[str, float] = field(default_factory=dict)
     emphasis: Mapping[str, float] = field(default_factory=dict)
     score: float = math.inf
+    is_less: bool = False
     why: str = ""
 
 
@@ -91,6 +95,7 @@ class Rounds:
         staging: Where files are written.
         target: What they will become.
         asked: What may be done to variants' own tensors.
+        is_least: As few bytes are wanted as keep what is asked for.
         max_ram: Bytes of memory to stay within.
         report: Told of bytes.
         executor: Does the work.
@@ -101,6 +106,7 @@ class Rounds:
     staging: Staging
     target: Path
     asked: RepairOptions
+    is_least: bool
     max_ram: int | None
     report: Progress
     executor: Executor
@@ -109,7 +115,8 @@ class Rounds:
     def run(self, make_plan: MakePlan, gate: Gate) -> Carried:
         """Plan, write and measure until the gate lets the result through.
 
-        A first plan after which variants turn out to lose very differently is made again, too.
+        A first plan is made again, too, when variants turn out to lose very differently, and when the least
+        bytes are wanted and far more is kept than was asked for.
 
         Raises:
             QualityGateFailed: The gate does not, after all rounds.
@@ -146,7 +153,10 @@ class Rounds:
         qualities: Mapping[str, Quality],
     ) -> Lessons | None:
         """What another plan is to be told after this one came out so; None when it will do."""
-        missed, lost = gate.missed(_kept(qualities)), self._lost(qualities)
+        kept, lost = _kept(qualities), self._lost(qualities)
+        missed = gate.missed(kept)
+        if lessons.is_less:
+            return Lessons(why="fewer bytes keep too little") if missed else None
         if lessons.emphasis:
             # The plan before was let through, which is why variants were weighed at all.
             if missed or _score(lost) > lessons.score:
@@ -155,6 +165,9 @@ class Rounds:
         if missed:
             correction = corrected(lessons.correction, plan.predicted_damage, qualities)
             return Lessons(correction=correction, why="; ".join(missed))
+        if number == 0 and self.is_least and gate.has_slack(kept, _SLACK):
+            correction = corrected({}, plan.predicted_damage, qualities)
+            return Lessons(correction=correction, is_less=True, why="more is kept than was asked for")
         if number == 0 and lost and max(lost.values()) > _EVEN * statistics.fmean(lost.values()):
             return Lessons(emphasis=emphasised(lost), score=_score(lost), why="variants lost unevenly")
         return None

@@ -137,10 +137,11 @@ def quality(kl, measured=None, kept=0.99):
     )
 
 
-def learn(number, lessons, qualities, gate=None, predicted=0.01):
+def learn(number, lessons, qualities, gate=None, predicted=0.01, is_least=False):
     """What `Rounds` makes of a round; variants gained 1 nat each."""
     rounds = Rounds.__new__(Rounds)
     rounds.statistics = SimpleNamespace(gained=dict.fromkeys(qualities, 1.0))
+    rounds.is_least = is_least
     plan = SimpleNamespace(predicted_damage=dict.fromkeys(qualities, predicted))
     return rounds._learn(number, gate or Gate(), lessons, plan, qualities)
 
@@ -170,3 +171,33 @@ def test_plan_that_did_better_is_made_again():
 def test_missed_gate_corrects_predictions():
     learnt = learn(0, Lessons(), {"a": quality(0.02, kept=0.5)}, Gate(mean=0.9))
     assert learnt.correction == pytest.approx({"a": 2**1.1})
+
+
+def test_where_the_least_bytes_are_wanted_fewer_are_tried_once():
+    gate = Gate(mean=0.9, floor=0.8)
+    ample = {"a": quality(0.01, kept=0.97), "b": quality(0.01, kept=0.98)}
+    less = learn(0, Lessons(), ample, gate, is_least=True)
+    assert less.is_less
+    assert less.correction == pytest.approx(dict.fromkeys("ab", 1.0))
+    assert learn(0, Lessons(), ample, gate) is None, "a budget was given"
+    assert learn(1, less, ample, gate, is_least=True) is None
+    missed = {"a": quality(0.1, kept=0.88), "b": quality(0.1, kept=0.9)}
+    back = learn(1, less, missed, gate, is_least=True)
+    assert (back.correction, back.emphasis, back.is_less) == ({}, {}, False), "the first plan had passed"
+    narrow = {"a": quality(0.01, kept=0.91), "b": quality(0.01, kept=0.91)}
+    assert learn(0, Lessons(), narrow, gate, is_least=True) is None
+
+
+@pytest.mark.parametrize(
+    ("gate", "has_slack"),
+    [
+        (Gate(), False),
+        (Gate(mean=0.9), True),
+        (Gate(mean=0.95), False),
+        (Gate(floor=0.9), True),
+        (Gate(floor=0.94), False),
+        (Gate(mean=0.9, floor=0.94), False),
+    ],
+)
+def test_slack_is_what_is_not_lost_of_what_may_be(gate, has_slack):
+    assert gate.has_slack({"a": 0.97, "b": 0.95}, 0.2) is has_slack
