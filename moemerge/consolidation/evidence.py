@@ -78,8 +78,7 @@ class LayerRecord(BaseModel):
     """What was measured of a layer.
 
     Attributes:
-        factors: By variant, what codes do; as measured of a layer they are empty where another's stand for
-            them.
+        factors: By variant, what codes do.
         tokens: By variant, how many tokens were measured on.
         routed: By variant and slot, how many of them the router sent there.
     """
@@ -114,13 +113,13 @@ class Evidence:
         return Activation(str(self.variants.first.settings["activation"]))
 
     def measure(
-        self, similarity: LayerSimilarity, ladder: Ladder | None, advance: Callable[[int], None]
+        self, similarity: LayerSimilarity, ladder: Ladder, advance: Callable[[int], None]
     ) -> LayerRecord:
         """Measure a layer.
 
         Args:
             similarity: Of the layer.
-            ladder: Codes whose factors are to be measured, if they are.
+            ladder: Codes that are to be measured.
             advance: Told of the bytes of experts that are done.
         """
         statistics = {name: self.statistics.layer(name, similarity.layer) for name in similarity.variants}
@@ -133,11 +132,11 @@ class Evidence:
                     ", ".join(map(str, slots)),
                 )
         groups = slot_groups(similarity)
-        factors: dict[str, Factors] = {}
-        if ladder is not None:
-            typical = typical_slot(groups, statistics)
-            found_factors = measure_factors(self.slot(similarity, typical, statistics), ladder)
-            factors = {n: found for refs, found in zip(typical, found_factors, strict=True) for n, _ in refs}
+        typical = typical_slot(groups, statistics)
+        found_factors = measure_factors(self.slot(similarity, typical, statistics), ladder)
+        factors = {
+            name: found for refs, found in zip(typical, found_factors, strict=True) for name, _ in refs
+        }
         records = []
         for owners in groups:
             slot = self.slot(similarity, owners, statistics)

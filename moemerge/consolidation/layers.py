@@ -3,17 +3,15 @@
 Whoever wants to know reads the files: an interrupted run and one on other machines come to the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from moemerge.bundle.target import building
 from moemerge.bundle.writer import write_bytes
-from moemerge.checkpoint.family import RoutedLayer
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.checkpoint.writer import write_text
@@ -139,32 +137,11 @@ def measure_costs(
     missing = [layer.layer for layer in layers if steps.finished(f"costs {layer.layer}") is None]
     total = sum(variant.expert_bytes for variant in variants.variants.values())
     report.start("costs", total * len(missing) // max(1, len(layers)))
-    lenders = factor_lenders(variants.first.routed_layers)
-    works = [
-        _cost_work(variants, statistics, index, steps.folder, subfolder, lends=lenders[index] == index)
-        for index in missing
-    ]
+    works = [_cost_work(variants, statistics, index, steps.folder, subfolder) for index in missing]
     for number, files in (executor or Local()).map(works, report):
         steps.finish(f"costs {missing[number]}", files)
-    records = {
-        layer.layer: LayerRecord.model_validate_json(
-            (steps.folder / subfolder / costs_file(layer.layer)).read_bytes()
-        )
-        for layer in layers
-    }
-    return [
-        record.model_copy(update={"factors": records[lenders[index]].factors})
-        for index, record in records.items()
-    ]
-
-
-def factor_lenders(layers: Sequence[RoutedLayer]) -> dict[int, int]:
-    """By layer index, whose factors it takes: every second layer of a stack those of the one before."""
-    found: dict[int, int] = {}
-    for _, stack in groupby(layers, key=lambda layer: layer.stack):
-        for number, layer in enumerate(own := list(stack)):
-            found[layer.index] = own[number - number % 2].index
-    return found
+    paths = [steps.folder / subfolder / costs_file(layer.layer) for layer in layers]
+    return [LayerRecord.model_validate_json(path.read_bytes()) for path in paths]
 
 
 def write_similarity(
@@ -216,14 +193,12 @@ def _write_similarity(
 
 
 def _cost_work(
-    variants: VariantSet, statistics: Statistics, index: int, folder: Path, subfolder: str, *, lends: bool
+    variants: VariantSet, statistics: Statistics, index: int, folder: Path, subfolder: str
 ) -> Work[dict[str, str]]:
     own = variants.at_layer(index)
     return Work(
         title=f"costs of layer {index}",
-        run=partial(
-            _write_costs, own, statistics.at_layer(index), index, folder.absolute(), subfolder, lends
-        ),
+        run=partial(_write_costs, own, statistics.at_layer(index), index, folder.absolute(), subfolder),
         reads=own.files | statistics.files(index) | {folder.absolute() / subfolder / layer_file(index)},
         folder=folder.absolute(),
         memory_bytes=layer_memory(own) + statistics.layer_bytes,
@@ -237,7 +212,6 @@ def _write_costs(
     index: int,
     folder: Path,
     subfolder: str,
-    lends: bool,
     progress: Progress,
 ) -> dict[str, str]:
     """Measure what a layer's similarity leaves open; returns SHA-256 by path relative to `folder`."""
@@ -245,6 +219,6 @@ def _write_costs(
     ladder, _ = ladder_for(variants)
     with TensorReader() as reader:
         evidence = Evidence(variants=variants, statistics=statistics, reader=reader)
-        record = evidence.measure(similarity, ladder if lends else None, progress.advance)
+        record = evidence.measure(similarity, ladder, progress.advance)
     name = "/".join(filter(None, (subfolder, costs_file(index))))
     return write_bytes(folder, name, (record.model_dump_json(indent=1) + "\n").encode())
