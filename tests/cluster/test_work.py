@@ -204,6 +204,8 @@ def test_nodes_with_other_versions_are_refused_by_name(cluster, family, tmp_path
     (fake / "moemerge" / "__init__.py").write_text('__version__ = "8.8.8"\n')
     (fake / "torch-9.9.9.dist-info").mkdir(parents=True)
     (fake / "torch-9.9.9.dist-info" / "METADATA").write_text("Name: torch\nVersion: 9.9.9\n")
+    # Ray itself would not let a node of another Python join; what the node answers is told by this.
+    (fake / "sitecustomize.py").write_text('import platform\nplatform.python_version = lambda: "3.99.9"\n')
     path = os.pathsep.join(filter(None, (str(fake), os.environ.get("PYTHONPATH"))))
     other = cluster.add(env_vars={"PYTHONPATH": path})
     words = ["similarity", *(f"{name}={family / name}" for name in NAMES), "-o", "out"]
@@ -212,9 +214,10 @@ def test_nodes_with_other_versions_are_refused_by_name(cluster, family, tmp_path
     finally:
         cluster.kill(other)
     assert done.code == 4, done.err
-    assert len(re.findall(rf"  - node .*{other.node_id[:8]}", done.err)) == done.err.count("  - node") == 2
+    assert len(re.findall(rf"  - node .*{other.node_id[:8]}", done.err)) == done.err.count("  - node") == 3
     assert "moemerge 8.8.8" in done.err
     assert "torch 9.9.9" in done.err
+    assert "Python 3.99.9" in done.err
     assert not (tmp_path / "out").exists()
 
 
