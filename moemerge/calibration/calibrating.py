@@ -4,9 +4,12 @@ A span of a variant's layers is a unit of work, on one machine or on several, an
 the end; `folder` knows what is there already.
 """
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 from moemerge import __version__
@@ -30,20 +33,19 @@ from moemerge.calibration.passes import (
 from moemerge.calibration.sensitivity import Response, measure_sensitivity
 from moemerge.calibration.spans import (
     calibrate_span,
-    cut_spans,
-    hidden_behind,
+    drop_hidden,
+    hidden_at_end,
     hidden_bytes,
-    is_done,
-    remove_hidden,
+    next_span,
 )
 from moemerge.calibration.statistics import layer_bytes
 from moemerge.calibration.texts import Passage, Text, load_texts
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.disk import check_disk
-from moemerge.checkpoint.fingerprint import fingerprint
+from moemerge.checkpoint.fingerprint import file_stamps, fingerprint
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
-from moemerge.errors import Finding
+from moemerge.errors import DamagedInput, Finding, IncompatibleInputs, InvalidRecipe
 from moemerge.execution import Executor, Local, Work
 from moemerge.progress import Progress, Silent
 
@@ -99,32 +101,25 @@ def calibrate(
         index = open_index(folder, variants.first)
         entries = {name: _describe(c, texts[name], options) for name, c in variants.variants.items()}
         missing = [name for name, entry in entries.items() if not is_calibrated(folder, name, entry, index)]
-        needed = sum(
-            _folder_bytes(variants.variants[name], texts[name].passages, options) for name in missing
-        )
-        check_disk(folder, needed, f"calibrating {', '.join(missing)}")
-        units = [
-            _Unit(
-                name,
-                variants.variants[name],
-                variants.base,
-                Passages.divide(texts[name].passages),
-                building_place(folder, name, entries[name]),
-                options,
-            )
-            for name in missing
-        ]
-        carry_out, report = executor or Local(), progress or Silent()
-        for layers in cut_spans(variants.first):
-            works = [unit.span_work(layers) for unit in units if not is_done(unit.place, layers)]
-            for _ in carry_out.map(works, report):
-                pass
-        for number, measured in carry_out.map([unit.last_work() for unit in units], report):
-            unit = units[number]
-            entry = entries[unit.name].model_copy(update=measured)
-            remove_hidden(unit.place)
-            index = put_variant(folder, unit.name, unit.place, entry, index)
-            findings[unit.name] = _judge(unit.name, entry, texts[unit.name])
+        units = []
+        for name in missing:
+            checkpoint, passages = variants.variants[name], Passages.divide(texts[name].passages)
+            place = building_place(folder, name, _task_of(entries[name], checkpoint, variants.base, passages))
+            units.append(_Unit(name, checkpoint, variants.base, passages, place, options))
+        check_disk(folder, sum(unit.missing_bytes() for unit in units), f"calibrating {', '.join(missing)}")
+        try:
+            _run_spans(units, executor or Local(), progress or Silent())
+            works = [unit.last_work() for unit in units]
+            for number, measured in (executor or Local()).map(works, progress or Silent()):
+                name = missing[number]
+                entry = entries[name].model_copy(update=measured)
+                index = put_variant(folder, name, units[number].place, entry, index)
+                findings[name] = _judge(name, entry, texts[name])
+        except (InvalidRecipe, IncompatibleInputs, DamagedInput):
+            # The same command would fail again.
+            for unit in units:
+                shutil.rmtree(unit.place, ignore_errors=True)
+            raise
     reused = tuple(name for name in entries if name not in missing)
     told = tuple(finding for name in missing for finding in findings[name])
     return Calibrated(Calibration(folder, index), reused, told)
@@ -170,6 +165,16 @@ class _Unit:
     place: Path
     options: CalibrationOptions
 
+    def next_span(self) -> range | None:
+        """The layers that come next."""
+        return next_span(self.checkpoint, self.passages.counted, self.place, self.options)
+
+    def missing_bytes(self) -> int:
+        """Of disk, that what is still to be written takes at most."""
+        needed = _folder_bytes(self.checkpoint, self.passages.counted, self.options)
+        there = sum(path.stat().st_size for path in self.place.glob("layer-*"))
+        return max(0, needed - there)
+
     def span_work(self, layers: range) -> Work[None]:
         """`calibrate_span` as a unit of work."""
         title = f"{self.name}, layers {layers.start} to {layers.stop - 1}"
@@ -194,12 +199,31 @@ class _Unit:
         )
 
     def _finish(self, progress: Progress) -> dict[str, object]:
-        counted, stop = self.passages.counted, cut_spans(self.checkpoint)[-1].stop
-        hidden_TD = hidden_behind(self.checkpoint, counted, stop, self.place, self.options)
-        nll = mean_nll(passage_nll(self.checkpoint, counted, hidden_TD, self.options), counted)
+        counted = self.passages.counted
+        with TensorReader() as reader:
+            hidden = hidden_at_end(self.checkpoint, counted, self.place, self.options, reader)
+            nll = mean_nll(passage_nll(self.checkpoint, counted, hidden, self.options), counted)
         measured = _measure(self.name, self.checkpoint, self.base, self.passages, self.options, progress)
         write_passages(self.passages, self.place / PASSAGES)
         return {"nll": nll, **measured}
+
+
+def _run_spans(units: Sequence[_Unit], executor: Executor, progress: Progress) -> None:
+    """The layers of all variants, a span of each at a time."""
+    while begun := [(unit, layers) for unit in units if (layers := unit.next_span()) is not None]:
+        works = [unit.span_work(layers) for unit, layers in begun]
+        for number, _ in executor.map(works, progress):
+            unit, layers = begun[number]
+            drop_hidden(unit.place, before=layers.stop)
+
+
+def _task_of(
+    entry: VariantCalibration, checkpoint: Checkpoint, base: Checkpoint | None, passages: Passages
+) -> str:
+    """Identifies the work in the folder where it is done: the same continues, other work begins anew."""
+    stamps = [file_stamps(one) for one in (checkpoint, base) if one is not None]
+    tokens = sha256(repr(passages).encode()).hexdigest()
+    return json.dumps([__version__, entry.identity, checkpoint.config, stamps, tokens], sort_keys=True)
 
 
 def _folder_bytes(checkpoint: Checkpoint, passages: Sequence[Passage], options: CalibrationOptions) -> int:

@@ -4,6 +4,7 @@ A variant is written beside its place and appears whole; others that are there s
 interrupted run has left beside it is where the next one begins.
 """
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ from moemerge.errors import (
 
 SCHEMA = "moemerge/calibration@1"
 INDEX = "calibration.json"
-_IDENTITY = "identity.json"
+_TASK = "task.json"
+logger = logging.getLogger(__name__)
 MEASURED = ("nll", "base_nll_excess", "sensitivity", "response")
 """Fields of an entry that follow from the others."""
 
@@ -219,14 +221,25 @@ def is_calibrated(folder: Path, name: str, entry: VariantCalibration, index: Cal
     return all((folder / name / file).is_file() for file in files)
 
 
-def building_place(folder: Path, name: str, entry: VariantCalibration) -> Path:
-    """Folder in which a variant is built, with what an interrupted run of the same has left there."""
+def building_place(folder: Path, name: str, task: str) -> Path:
+    """Folder in which a variant is built, with what an interrupted run has left there.
+
+    Args:
+        folder: Of the calibration.
+        name: Of the variant.
+        task: Identifies the work; what other work has left is discarded.
+    """
     place = folder.absolute() / f".{name}.building"
-    mark = place / _IDENTITY
-    if not (mark.is_file() and mark.read_text() == entry.identity):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        write_text(mark, entry.identity)
+    mark = place / _TASK
+    if mark.is_file() and mark.read_text() == task:
+        for half_done in place.glob("span-*"):
+            shutil.rmtree(half_done, ignore_errors=True)
+        return place
+    if place.exists():
+        logger.warning("%s: unfinished work of another command is discarded", place)
+        shutil.rmtree(place)
+    place.mkdir()
+    write_text(mark, task)
     return place
 
 
@@ -238,7 +251,12 @@ def put_variant(
     if name in index.variants:
         _write_index(folder, index.model_copy(update={"variants": others}))
     shutil.rmtree(folder / name, ignore_errors=True)
-    (place / _IDENTITY).unlink()
+    keep = {PASSAGES, *map(layer_file, index.layers)}
+    for path in place.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in keep:
+            path.unlink()
     place.replace(folder / name)
     # By name: variants come when their work is done, in any order.
     ordered = dict(sorted({**index.variants, name: entry}.items()))

@@ -3,7 +3,7 @@
 Shapes: T tokens, D model width, W tokens whose successor is known, Vo vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,6 +47,8 @@ _FREE_SHARE = 0.7
 LOGIT_ENTRIES = 2**23
 """Of logits that are computed at a time."""
 NO_LABEL = -100
+Rows = Callable[[slice], Tensor]
+"""Hidden states of some of a text's tokens, [T, D]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +100,10 @@ def calibrate_layers(
     layers: range,
     keep: KeepLayer,
     options: CalibrationOptions,
-    after_TD: Tensor,
-    before_TD: Tensor | None = None,
+    before: Rows | None = None,
     progress: Progress | None = None,
     title: str = "calibrating",
-) -> None:
+) -> Iterator[Tensor]:
     """Run a variant's text through some of its layers and hand out what each routed one has counted.
 
     Args:
@@ -112,10 +113,13 @@ def calibrate_layers(
         keep: Told each layer's statistics, once in every pass over a part of the text: they are to be added
             with `LayerStatistics.add`, and with enough memory there is a single pass.
         options: See there; the number of tokens is that of the passages.
-        after_TD: Takes the hidden states behind these layers, of every token for which there is a label.
-        before_TD: Those before them; None before the first layer.
+        before: Hidden states before these layers; None before the first one.
         progress: Told of the bytes of weights whose work is done.
         title: What progress calls it.
+
+    Yields:
+        After each pass the hidden states behind these layers, of every token for which there is a label;
+        [T, D].
 
     Raises:
         NotEnoughRoom: Not even one passage fits into memory.
@@ -139,10 +143,10 @@ def calibrate_layers(
             start = rows.stop
             if isinstance(model, Decoder):
                 batch = build_batch([passage.token_ids for passage in part])
-                hidden_TD = model.embed(batch, weights) if before_TD is None else before_TD[rows]
-                after_TD[rows] = model.run_layers(layers, hidden_TD, batch, weights, experts)
+                hidden_TD = model.embed(batch, weights) if before is None else before(rows)
+                yield model.run_layers(layers, hidden_TD, batch, weights, experts)
             else:
-                after_TD[rows] = hidden_states(model, part, weights, experts)
+                yield hidden_states(model, part, weights, experts)
 
 
 def layers_bytes(checkpoint: Checkpoint, layers: range) -> int:
@@ -158,26 +162,35 @@ def layers_bytes(checkpoint: Checkpoint, layers: range) -> int:
     others = [
         tensor.nbytes
         for role, tensor in checkpoint.tensors.items()
-        if role.startswith(blocks) or (role.startswith("embedding") and not layers.start) or not is_decoder
+        if role.startswith(blocks)
+        or (role.startswith("embedding") and not layers.start)
+        or not (is_decoder or role in (*HEAD_ROLES, "head"))
     ]
     return sum(experts) + sum(others)
 
 
 def passage_nll(
-    checkpoint: Checkpoint, passages: Sequence[Passage], hidden_TD: Tensor, options: CalibrationOptions
+    checkpoint: Checkpoint, passages: Sequence[Passage], hidden: Rows, options: CalibrationOptions
 ) -> list[float]:
     """Negative log-likelihood in nats of each passage, summed over the tokens it predicts.
 
     Args:
         checkpoint: Local.
         passages: In its own tokens.
-        hidden_TD: As `calibrate_layers` leaves them behind the last layer.
-        options: For the dtype.
+        hidden: As `calibrate_layers` gives them behind the last layer.
+        options: Memory and dtype.
     """
     model = build_model(checkpoint.family.arithmetic, checkpoint.settings)
+    nll: list[float] = []
+    start = 0
     with TensorReader() as reader:
         source = CheckpointSource(checkpoint, reader, DTYPES[options.dtype])
-        return _nll(model, hidden_TD, labels_of(model, passages), source)
+        for first, last in cut_passes(passages, pass_tokens(checkpoint, passages, options)):
+            labels = labels_of(model, passages[first:last])
+            rows = slice(start, start + sum(map(len, labels)))
+            nll += _nll(model, hidden(rows), labels, source)
+            start = rows.stop
+    return nll
 
 
 def measure_nll(
@@ -262,6 +275,8 @@ def _weight_bytes(checkpoint: Checkpoint, options: CalibrationOptions) -> int:
     other = max(t.nbytes + 4 * t.num_elements for t in checkpoint.tensors.values())
     parts = next(iter(checkpoint.experts.values())).values()
     expert = sum(itemsize * part.num_elements for part in parts) + max(part.nbytes for part in parts)
+    # What the largest part is disturbed with.
+    expert += itemsize * max(part.num_elements for part in parts)
     settings = checkpoint.settings
     widths = 3 * int(settings["expert_size"] or 0) + 6 * int(settings["hidden_size"] or 0)
     return max(other + 12 * LOGIT_ENTRIES, expert + 4 * EXPERT_ROWS * widths)

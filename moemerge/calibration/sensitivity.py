@@ -196,7 +196,7 @@ class _DisturbedSource:
         parts = next(iter(source.checkpoint.experts.values())).values()
         generator = torch.Generator().manual_seed(seed)
         size = max(part.num_elements for part in parts) + _STARTS
-        self._normal = torch.randn(size, generator=generator).to(source.dtype)
+        self._normal = torch.randn(size, generator=generator, dtype=source.dtype)
         self._rows = {place: row for row, place in enumerate(sorted(source.checkpoint.experts))}
         self._starts = torch.randint(_STARTS, (len(self._rows), len(parts)), generator=generator)
 

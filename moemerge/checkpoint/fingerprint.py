@@ -6,6 +6,11 @@ from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.tensors import TensorReader
 
 
+def file_stamps(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of its files: fingerprints are samples and may miss a change."""
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(checkpoint.files)]
+
+
 def fingerprint(checkpoint: Checkpoint, reader: TensorReader) -> str:
     """BLAKE3 over dtype, shape and three stretches of 4 KiB of every tensor, by role.
 

@@ -224,19 +224,24 @@ class Evidence:
         return self.variants.variants[ref[0]].experts[layer_index, ref[1]]
 
 
-def layer_memory(variants: VariantSet) -> int:
-    """Bytes of memory of a process that measures the costs of a layer or codes it, about.
+def slot_memory(variants: VariantSet) -> int:
+    """Bytes of memory of a process that measures the costs of a layer, about.
 
-    A slot of all variants in float32 with what operators and codes make of it, moments of the inputs of both
-    kinds of matrices, and a layer's codes until they are written.
+    A slot of all variants in float32 with what operators and codes make of it, and moments of the inputs of
+    both kinds of matrices.
     """
     first = variants.first
     parts = next(iter(first.experts.values())).values()
     entries = sum(part.num_elements for part in parts)
     width = max(int(first.settings["hidden_size"] or 0), int(first.settings["expert_size"] or 0))
     slots = (len(variants.checkpoints) + _COPIES) * 4 * entries
-    codes = len(variants.variants) * first.num_experts * entries
-    return _FIXED_BYTES + slots + _COPIES * 4 * width * width + codes
+    return _FIXED_BYTES + slots + _COPIES * 4 * width * width
+
+
+def layer_memory(variants: VariantSet) -> int:
+    """Bytes of memory of a process that codes a layer, about: a slot, and a layer's codes."""
+    entries = sum(part.num_elements for part in next(iter(variants.first.experts.values())).values())
+    return slot_memory(variants) + len(variants.variants) * variants.first.num_experts * entries
 
 
 def inputs_of(layer: LayerStatistics, slot: int) -> SlotStatistics:

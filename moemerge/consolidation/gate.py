@@ -46,6 +46,8 @@ class Gate:
 
     def has_slack(self, kept: Mapping[str, float], spared: float) -> bool:
         """Whether so large a share of what may be lost is not lost, wherever something is asked for."""
+        if not kept:
+            return False
         lost, most = [1 - share for share in kept.values()], []
         if self.floor is not None:
             most.append(max(lost) / (1 - self.floor))

@@ -15,7 +15,7 @@ from moemerge.bundle.writer import write_bytes
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
 from moemerge.checkpoint.writer import write_text
-from moemerge.consolidation.evidence import Evidence, LayerRecord, layer_memory
+from moemerge.consolidation.evidence import Evidence, LayerRecord, slot_memory
 from moemerge.consolidation.measure import Measurer, measurement_bytes, measurement_memory
 from moemerge.consolidation.measured import Statistics, ladder_for
 from moemerge.consolidation.similarity_files import (
@@ -201,7 +201,7 @@ def _cost_work(
         run=partial(_write_costs, own, statistics.at_layer(index), index, folder.absolute(), subfolder),
         reads=own.files | statistics.files(index) | {folder.absolute() / subfolder / layer_file(index)},
         folder=folder.absolute(),
-        memory_bytes=layer_memory(own) + statistics.layer_bytes,
+        memory_bytes=slot_memory(own) + statistics.layer_bytes,
         is_parallel=True,
     )
 

@@ -16,7 +16,7 @@ from moemerge.bundle.target import check_target, staging_folder
 from moemerge.bundle.writer import copy_tensors, group_equal
 from moemerge.checkpoint.checkpoint import Checkpoint
 from moemerge.checkpoint.disk import check_disk
-from moemerge.checkpoint.fingerprint import fingerprint
+from moemerge.checkpoint.fingerprint import file_stamps, fingerprint
 from moemerge.checkpoint.headers import StoredTensor
 from moemerge.checkpoint.tensors import TensorReader
 from moemerge.checkpoint.variants import VariantSet
@@ -192,7 +192,7 @@ def _task_of(
     prints = [fingerprint(checkpoint, reader) for checkpoint in variants.checkpoints]
     decision = dump_plan(decide) if isinstance(decide, ConsolidationPlan) else repr(decide)
     origins = [checkpoint.repository.origin for checkpoint in variants.checkpoints]
-    stamps = [_file_stamps(checkpoint) for checkpoint in variants.checkpoints]
+    stamps = [file_stamps(checkpoint) for checkpoint in variants.checkpoints]
     evidence = statistics.identity
     names = list(variants.variants)
     return json.dumps([__version__, SCHEMA, origins, names, prints, stamps, decision, repr(asked), evidence])
@@ -225,11 +225,6 @@ def _measured(
 def _predicted(plan: ConsolidationPlan, variant: str) -> dict[str, float]:
     damage = plan.predicted_damage.get(variant)
     return {} if damage is None else {"predicted": damage}
-
-
-def _file_stamps(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of its files: fingerprints are samples and may miss a change."""
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(checkpoint.files)]
 
 
 def _step(staging: Staging, name: str, write: Callable[[], dict[str, str]]) -> bool:

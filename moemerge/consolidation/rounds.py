@@ -166,8 +166,9 @@ class Rounds:
             correction = corrected(lessons.correction, plan.predicted_damage, qualities)
             return Lessons(correction=correction, why="; ".join(missed))
         if number == 0 and self.is_least and gate.has_slack(kept, _SLACK):
-            correction = corrected({}, plan.predicted_damage, qualities)
-            return Lessons(correction=correction, is_less=True, why="more is kept than was asked for")
+            correction = spared(plan.predicted_damage, qualities)
+            if correction and statistics.fmean(correction.values()) < 1 - _SLACK:
+                return Lessons(correction=correction, is_less=True, why="more is kept than was asked for")
         if number == 0 and lost and max(lost.values()) > _EVEN * statistics.fmean(lost.values()):
             return Lessons(emphasis=emphasised(lost), score=_score(lost), why="variants lost unevenly")
         return None
@@ -262,6 +263,16 @@ def corrected(
             ratio = max(quality.damage["measured"], quality.damage["kl"]) / predicted[name]
             found[name] = found.get(name, 1.0) * min(max(ratio**_PAST, least), most)
     return found
+
+
+def spared(predicted: Mapping[str, float], qualities: Mapping[str, Quality]) -> dict[str, float]:
+    """By variant, what predictions are to be multiplied with to be what gates measure; never more than 1."""
+    least, _ = _CORRECTED
+    return {
+        name: min(max(qualities[name].damage.get("measured", loss) / loss, least), 1.0)
+        for name, loss in predicted.items()
+        if loss > 0
+    }
 
 
 def emphasised(lost: Mapping[str, float]) -> dict[str, float]:

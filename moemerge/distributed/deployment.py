@@ -41,6 +41,8 @@ TOKENS_PER_REPLICA = 16384
 """Queued tokens beyond which another replica is started."""
 GROW_AFTER_S, SHRINK_AFTER_S = 10.0, 300.0
 """How long there must be more to do, or less, before a replica is started or ended."""
+# Longer than replicas take between telling, which is ten seconds.
+_LOOK_BACK_S = 15.0
 _REPLICA, _FRONT = "replica", "front"
 _STATS_EVERY_S = 0.5
 _DRAIN_S = 60.0
@@ -217,7 +219,7 @@ def _application(folder: Path, options: DeployOptions) -> serve.Application:
             max_replicas=options.max_replicas,
             upscale_delay_s=GROW_AFTER_S,
             downscale_delay_s=SHRINK_AFTER_S,
-            look_back_period_s=GROW_AFTER_S,
+            look_back_period_s=_LOOK_BACK_S,
             policy=policy_of(policy_function=scale),
         )
     replicas = replicas.options(name=_REPLICA, **settings)

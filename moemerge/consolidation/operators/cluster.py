@@ -68,14 +68,16 @@ class Member:
     def products(self, reference: "Member") -> dict[str, Tensor]:
         """What every matrix has beyond that of another expert, times the moment of its inputs; kept."""
         if id(reference) not in self._products:
-            self._products[id(reference)] = {
+            products = {
                 part: weighted(self.matrices[part] - reference.matrices[part], moment)
                 for part, moment in self.moments.items()
             }
-        return self._products[id(reference)]
+            # With the reference, so that no other takes its id.
+            self._products[id(reference)] = reference, products
+        return self._products[id(reference)][1]
 
     @CachedProperty
-    def _products(self) -> dict[int, dict[str, Tensor]]:
+    def _products(self) -> dict[int, tuple["Member", dict[str, Tensor]]]:
         return {}
 
 

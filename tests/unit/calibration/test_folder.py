@@ -22,7 +22,7 @@ from moemerge.errors import (
 from moemerge.progress import Silent
 from moemerge.refs import FolderRef
 from tests.e2e.program import tree
-from tests.factories import edit_json, truncate, write_checkpoint, write_siblings
+from tests.factories import edit_json, edit_tensors, truncate, write_checkpoint, write_siblings
 
 OPTIONS = CalibrationOptions(num_tokens=512, reservoir=16)
 
@@ -91,21 +91,18 @@ def spans_of_one_layer(monkeypatch):
 
 
 def test_spans_give_the_bytes_of_the_whole(siblings, both, tmp_path, spans_of_one_layer):
-    assert len(spans.cut_spans(variants_of(siblings, "code").first)) == 2
     done = run(siblings, tmp_path / "out", "code", "law")
     assert tree(tmp_path / "out") == tree(both.folder)
     assert done.calibration.index == both.index
 
 
 @pytest.mark.parametrize("lost", ["while it ran", "when it was done"])
-def test_interrupted_run_goes_on_where_it_was(
-    siblings, both, tmp_path, monkeypatch, spans_of_one_layer, lost
-):
+def test_interrupted_run_goes_on(siblings, both, tmp_path, monkeypatch, spans_of_one_layer, lost):
     real, begun = spans.calibrate_layers, []
 
     def fail_in_the_last(checkpoint, passages, layers, *arguments):
         begun.append((checkpoint.label.rpartition("/")[2], layers.start))
-        real(checkpoint, passages, layers, *arguments)
+        yield from real(checkpoint, passages, layers, *arguments)
         if begun[-1] == ("law", 1) and lost == "while it ran":
             raise KeyboardInterrupt
 
@@ -119,16 +116,26 @@ def test_interrupted_run_goes_on_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             run(siblings, tmp_path / "out", "code", "law")
     assert begun == [("code", 0), ("law", 0), ("code", 1), ("law", 1)]
-    again = []
+    again, asked = [], []
 
     def count(*arguments):
-        again.append(arguments[2].start)
-        real(*arguments)
+        again.append(arguments[2])
+        return real(*arguments)
 
+    # Spans of another length begin where the others ended; what a killed run left half done is not kept.
+    monkeypatch.setattr(spans, "SPAN_BYTES", 2**40)
     monkeypatch.setattr(spans, "calibrate_layers", count)
+    half_done = tmp_path / "out" / ".law.building" / "span-1"
+    half_done.mkdir()
+    (half_done / "layer-00001.safetensors").write_bytes(b"cut short")
+    (half_done.parent / ".layer-00001.safetensors.1.tmp").write_bytes(b"cut short")
+    # Only what is missing has to find room.
+    monkeypatch.setattr(module, "check_disk", lambda folder, needed, what: asked.append(needed))
     run(siblings, tmp_path / "out", "code", "law")
-    assert again == ([1] if lost == "while it ran" else [])
+    assert again == ([range(1, 2)] if lost == "while it ran" else [])
     assert tree(tmp_path / "out") == tree(both.folder)
+    run(siblings, tmp_path / "new", "code", "law")
+    assert asked[0] < asked[1]
 
 
 def test_finished_variants_stay_when_another_is_interrupted(siblings, both, tmp_path, monkeypatch):
@@ -149,36 +156,54 @@ def test_finished_variants_stay_when_another_is_interrupted(siblings, both, tmp_
     assert tree(tmp_path / "out") == tree(both.folder)
 
 
-def test_span_done_again_counts_once(siblings, both, tmp_path):
-    """As on a cluster whose node is lost: what it has left is neither added to nor begun with."""
-    variants = variants_of(siblings, "law")
-    passages = both.passages("law").counted
-    layers = spans.cut_spans(variants.first)[0]
-    place = tmp_path / "place"
-    place.mkdir()
-    arguments = (variants.first, passages, layers, place, OPTIONS, "law", Silent())
-    spans.calibrate_span(*arguments)
-    shutil.copy(place / layer_file(0), tmp_path / "first")
-    (place / "hidden-00002").rename(place / "hidden-00002.lost")
-    spans.calibrate_span(*arguments)
-    spans.calibrate_span(*arguments)
-    assert (place / layer_file(0)).read_bytes() == (tmp_path / "first").read_bytes()
-    assert (place / layer_file(0)).read_bytes() == (both.folder / "law" / layer_file(0)).read_bytes()
+@pytest.mark.parametrize("several_passes", [False, True])
+def test_span_done_again_counts_once(siblings, both, tmp_path, monkeypatch, several_passes):
+    """As on a cluster whose node is lost: nothing is added to what that has left, or leaves meanwhile."""
+    variants, passages = variants_of(siblings, "law"), both.passages("law").counted
+    if several_passes:
+        monkeypatch.setattr(passes, "pass_tokens", lambda *_: 200)
+    real, beside = spans.calibrate_layers, []
+
+    def meddle(*arguments):
+        for number, hidden in enumerate(real(*arguments)):
+            yield hidden
+            if not number and not beside:
+                # Another node does the same from begin to end while this one is at it.
+                beside.append(None)
+                calibrate_first(tmp_path / "place")
+
+    def calibrate_first(place):
+        place.mkdir(exist_ok=True)
+        layers = spans.next_span(variants.first, passages, tmp_path / "none", OPTIONS)
+        spans.calibrate_span(variants.first, passages, layers, place, OPTIONS, "law", Silent())
+
+    calibrate_first(tmp_path / "alone")
+    monkeypatch.setattr(spans, "calibrate_layers", meddle)
+    calibrate_first(tmp_path / "place")
+    assert beside
+    assert tree(tmp_path / "place") == tree(tmp_path / "alone")
+    calibrate_first(tmp_path / "place")
+    assert tree(tmp_path / "place") == tree(tmp_path / "alone")
 
 
-def test_what_an_interrupted_run_left_is_not_used_for_another(siblings, both, tmp_path, spans_of_one_layer):
+def test_what_another_run_left_is_not_begun_with(siblings, both, tmp_path, spans_of_one_layer, caplog):
     place = tmp_path / "out" / ".code.building"
     place.mkdir(parents=True)
-    (place / "hidden-00002").write_bytes(b"stale")
+    (place / "hidden-00002.safetensors").write_bytes(b"stale")
     run(siblings, tmp_path / "out", "code")
+    assert "unfinished work of another command is discarded" in caplog.text
     assert tree(tmp_path / "out" / "code") == tree(both.folder / "code")
-    place.mkdir()
-    entry = both.index.variants["law"]
-    (tmp_path / "out" / ".law.building").mkdir()
-    (tmp_path / "out" / ".law.building" / "identity.json").write_text(entry.identity)
-    (tmp_path / "out" / ".law.building" / "hidden-00001").write_bytes(b"cut short")
-    with pytest.raises(DamagedInput, match="not the hidden states"):
-        run(siblings, tmp_path / "out", "law")
+
+
+def test_what_cannot_go_on_leaves_nothing(siblings, tmp_path):
+    broken = write_checkpoint(tmp_path / "broken", base=siblings.base, noise=0.1, seed=9)
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    edit_tensors(broken / "model.safetensors", lambda tensors: tensors[name].fill_(float("nan")))
+    sources = {"code": FolderRef(siblings.tunes["code"]), "broken": FolderRef(broken)}
+    paths = dict.fromkeys(sources, siblings.folder / "code.txt")
+    with pytest.raises(DamagedInput, match="layer 1"):
+        calibrate(open_variants(sources), paths, tmp_path / "out", OPTIONS)
+    assert list((tmp_path / "out").glob(".*.building")) == []
 
 
 def test_several_passes_are_added_on_disk(siblings, both, tmp_path, monkeypatch):

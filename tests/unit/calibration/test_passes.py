@@ -16,7 +16,7 @@ from moemerge.calibration.passes import (
     passage_nll,
 )
 from moemerge.calibration.random_inputs import random_statistics
-from moemerge.calibration.spans import cut_spans
+from moemerge.calibration.spans import next_span
 from moemerge.calibration.statistics import SCALARS
 from moemerge.calibration.texts import Passage
 from moemerge.checkpoint.checkpoint import open_checkpoint
@@ -60,11 +60,9 @@ def calibrate(tiny, **options):
 
     chosen = CalibrationOptions(reservoir=RESERVOIR, **options)
     checkpoint, passages = tiny.checkpoint, tiny.passages
-    num_tokens = sum(len(passage.target_ids or passage.token_ids) for passage in passages)
-    after = torch.empty(num_tokens, checkpoint.settings["hidden_size"])
-    (layers,) = cut_spans(checkpoint)
-    calibrate_layers(checkpoint, passages, layers, keep, chosen, after)
-    return kept, passage_nll(checkpoint, passages, after, chosen)
+    layers = next_span(checkpoint, passages, tiny.folder, chosen)
+    after = torch.cat(list(calibrate_layers(checkpoint, passages, layers, keep, chosen)))
+    return kept, passage_nll(checkpoint, passages, lambda rows: after[rows], chosen)
 
 
 def run_in_memory(tiny, passage, observer):
@@ -209,9 +207,8 @@ def test_infinite_weights_are_refused_by_layer(tmp_path):
     folder = write_checkpoint(tmp_path / "one")
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
     edit_tensors(folder / "model.safetensors", lambda tensors: tensors[name].fill_(float("nan")))
-    broken = SimpleNamespace(
-        checkpoint=open_checkpoint(LocalFolder(folder)), passages=draw_passages("mixtral")
-    )
+    checkpoint = open_checkpoint(LocalFolder(folder))
+    broken = SimpleNamespace(folder=folder, checkpoint=checkpoint, passages=draw_passages("mixtral"))
     with pytest.raises(DamagedInput, match="layer 1"):
         calibrate(broken)
 

@@ -175,11 +175,15 @@ def test_missed_gate_corrects_predictions():
 
 def test_where_the_least_bytes_are_wanted_fewer_are_tried_once():
     gate = Gate(mean=0.9, floor=0.8)
-    ample = {"a": quality(0.01, kept=0.97), "b": quality(0.01, kept=0.98)}
+    # Divergence is as predicted, loss on the text is not.
+    ample = {"a": quality(0.01, measured=0.004, kept=0.97), "b": quality(0.01, measured=-0.001, kept=0.98)}
     less = learn(0, Lessons(), ample, gate, is_least=True)
     assert less.is_less
-    assert less.correction == pytest.approx(dict.fromkeys("ab", 1.0))
+    assert less.correction == pytest.approx({"a": 0.4, "b": 0.1})
     assert learn(0, Lessons(), ample, gate) is None, "a budget was given"
+    foretold = {name: quality(0.01, measured=0.02, kept=0.97) for name in "ab"}
+    assert learn(0, Lessons(), foretold, gate, is_least=True) is None, "no fewer bytes would come of it"
+    assert learn(0, Lessons(), {"a": Quality(), "b": Quality()}, gate, is_least=True) is None
     assert learn(1, less, ample, gate, is_least=True) is None
     missed = {"a": quality(0.1, kept=0.88), "b": quality(0.1, kept=0.9)}
     back = learn(1, less, missed, gate, is_least=True)

@@ -25,6 +25,20 @@ def test_inverse_and_its_root_are_those_of_lapack(size, spread):
     assert (root.diagonal() > 0).all()
 
 
+def test_one_direction_far_above_the_others_costs_few_digits():
+    """Hidden states have some channels of a thousand times the others' size."""
+    matrix = draw(512, 0)
+    channel = torch.zeros(512)
+    channel[[7, 300]] = 300.0
+    matrix += torch.outer(channel, channel)
+    exact = torch.linalg.inv(matrix.double())
+    plain = torch.cholesky_inverse(torch.linalg.cholesky(matrix)).double()
+    found, root = inverse(matrix).double(), upper_root_of_inverse(matrix).double()
+    most = max(float((plain - exact).norm()), 1e-6 * float(exact.norm()))
+    assert (found - exact).norm() < 10 * most
+    assert (root.T @ root - exact).norm() < 10 * most
+
+
 @pytest.mark.parametrize("size", [5, 300])
 def test_what_is_not_positive_definite_is_refused(size):
     matrix = draw(size, 0)

@@ -64,11 +64,14 @@ def test_the_product_is_computed_in_the_dtype_of_the_rows(arrange):
 @pytest.mark.parametrize("has_onednn", [True, False])
 def test_products_in_float32_have_all_digits_whoever_computes_them(shape, has_onednn, monkeypatch):
     num_rows, inner, num_columns = shape
-    monkeypatch.setattr(module, "_LEAST_PRODUCTS", 64 * 320 * 256 if has_onednn else 2**60)
+    if not has_onednn:
+        monkeypatch.setattr(module, "_is_for_onednn", lambda *_: False)
     generator = torch.Generator().manual_seed(1)
     # Views, as blocks of larger matrices are.
     left = torch.randn(inner, num_rows, generator=generator).T
     right = torch.randn(inner, 2 * num_columns, generator=generator)[:, num_columns:]
+    if has_onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        assert module._is_for_onednn(left, right.T) == (shape == (64, 320, 256))
     exact = (left.double() @ right.double()).float()
     torch.testing.assert_close(matmul(left, right), exact, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(multiply(left, right.T), exact, rtol=1e-5, atol=1e-4)
