@@ -234,10 +234,10 @@ def test_replicas_follow_queued_tokens(client, executor, tmp_path, monkeypatch):
 
     assert count() == 1
     busy = client.beside(name)
-    with busy.open("code", stream=True, n=80, max_tokens=480, ignore_eos=True):
-        # More tokens than one replica is to have waiting.
+    # More tokens than one replica is to have waiting.
+    with ThreadPoolExecutor(80) as pool:
+        asked = [pool.submit(busy.complete, "code", max_tokens=480, ignore_eos=True) for _ in range(80)]
         wait_until(lambda: count() == 2, seconds=120)
-    # Whoever stops reading asks for nothing any more.
+        assert {answer.result()[0] for answer in asked} == {200}
     wait_until(lambda: count() == 1, seconds=120)
-    assert busy.complete("code")[0] == 200
     deployment.withdraw([name])
