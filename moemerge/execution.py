@@ -6,6 +6,7 @@ work is.
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from moemerge.progress import Progress
 Result = TypeVar("Result")
 # Of the free memory, when no limit is given.
 _FREE_SHARE = 0.7
+_GRACE_S, _POLL_S = 2.0, 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +112,19 @@ class _SideBySide:
 
         threads = torch.get_num_threads()
         pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
+        grace_s = 0.0
         try:
             numbers = {pool.submit(self._run, work): number for number, work in enumerate(works)}
             for done in as_completed(numbers):
                 if self._end is not None:
                     raise self._end
                 yield numbers[done], done.result()
+        except GeneratorExit:
+            # Whoever took the results has failed: units that soon tell an advance end there.
+            grace_s = _GRACE_S
+            raise
         finally:
-            self._stop_at_once()
+            self._stop(grace_s)
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
 
@@ -148,12 +155,16 @@ class _SideBySide:
             with self._lock:
                 self._running.discard(thread)
 
-    def _stop_at_once(self) -> None:
-        """Unless a unit has failed: end what runs at its next step, as Ctrl-C does in the main thread."""
+    def _stop(self, grace_s: float) -> None:
+        """Unless a unit has failed: end what runs after a while at its next step, as Ctrl-C does."""
         with self._lock:
             if self._end is not None:
                 return
             self._end = _Stopped()
+        deadline_s = time.monotonic() + grace_s
+        while self._running and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        with self._lock:
             for thread in self._running:
                 raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
                 raise_in(ctypes.c_ulong(thread), ctypes.py_object(_Stopped))

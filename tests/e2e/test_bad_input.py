@@ -265,8 +265,6 @@ def test_full_disk_is_refused_before_writing(place, monkeypatch):
     assert {path.name for path in place.iterdir()} - before <= {".duo.moe.staging"}
 
 
-# A unit beside the one that failed is ended wherever it is: a file it just opened is left to the collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("writes", range(0, 24, 3))
 def test_disk_that_fills_up_ends_the_merge_and_room_continues_it(writes, place, monkeypatch):
     left = [writes]
